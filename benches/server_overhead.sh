@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# What the server costs: the same 32 sequences through gRPC and straight into the engine. server_overhead.sh RUN_FOLDER
+set -euo pipefail
+run=$(realpath "$1")
+cd "$(dirname "$0")/.."
+openlora=$PWD/target/release/openlora
+state=$(mktemp -d)
+server=
+cleanup() { [ -z "$server" ] || { kill -TERM "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; }; rm -rf "$state"; }
+trap cleanup EXIT
+OPENLORA_ADAPTERS_DATA_DIR=$state/adapters "$openlora" serve --insecure-no-auth --grpc-addr 127.0.0.1:0 \
+  --http-addr 127.0.0.1:0 --json >"$state/addr" 2>"$state/log" &
+server=$!
+until [ -s "$state/addr" ]; do
+  kill -0 "$server" 2>/dev/null || { cat "$state/log" >&2; exit 1; }
+  sleep 0.1
+done
+address=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["grpc"])' "$state/addr")
+# Long answers: what is compared is the rate of decoding 32 sequences, not one prefill.
+for round in 1 2 3; do
+  target/release/openlora-load --server "http://$address" --concurrency 32 --requests 32 --prompt-tokens 64 \
+    --answer-tokens 256 --seed "$round" --json >"$run/load-$round.json"
+done
+kill -TERM "$server"; wait "$server"; server=
+"$openlora" bench --sequences 32 --adapters 0 --answer-tokens 256 --json >"$run/engine-256.json"

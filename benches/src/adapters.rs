@@ -1,0 +1,50 @@
+//! Random PEFT adapters on disk, in the sizes of trained ones.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use half::f16;
+use openlora_types::{ModelShape, Module, Site};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+/// Writes `adapter_config.json` and `adapter_model.safetensors` for a rank `rank` adapter on `modules` of every layer.
+/// Numbers are f16, uniform, with the spread that keeps the adapter's effect about as large as a trained one's; the same
+/// seed gives the same bytes.
+///
+/// # Errors
+/// Writing fails.
+pub fn write_random(folder: &Path, shape: &ModelShape, rank: usize, modules: &[Module], seed: u64) -> Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut numbers = |count: usize, spread: f32| -> Vec<u8> {
+        let uniform = (0..count).map(|_| f16::from_f32(rng.random_range(-spread..spread)));
+        uniform.flat_map(f16::to_le_bytes).collect()
+    };
+    let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    for layer in 0..shape.layers as u32 {
+        for &module in modules {
+            let (inputs, outputs) = shape.dims(module);
+            let site = Site { layer, module };
+            let a = numbers(rank * inputs, (3.0 / inputs as f32).sqrt());
+            tensors.insert(format!("base_model.model.{site}.lora_A.weight"), (vec![rank, inputs], a));
+            tensors.insert(format!("base_model.model.{site}.lora_B.weight"), (vec![outputs, rank], numbers(outputs * rank, 0.03)));
+        }
+    }
+    let views = tensors
+        .iter()
+        .map(|(name, (shape, bytes))| Ok((name, TensorView::new(Dtype::F16, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>>>()?;
+    safetensors::serialize_to_file(views, None, &folder.join("adapter_model.safetensors"))?;
+    let names: Vec<_> = modules.iter().map(|&module| Site { layer: 0, module }.to_string()).collect();
+    let names: Vec<_> = names.iter().map(|name| name.rsplit('.').next().unwrap_or(name)).collect();
+    let config = json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0,
+        "bias": "none", "target_modules": names, "base_model_name_or_path": shape.name, "inference_mode": true,
+    });
+    std::fs::write(folder.join("adapter_config.json"), config.to_string())?;
+    Ok(())
+}

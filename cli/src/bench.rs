@@ -1,0 +1,145 @@
+//! `openlora bench`: the engine on this machine, beside the machine's own ceilings.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use openlora_adapters::{Actor, AdapterStore, Lease, StoreConfig};
+use openlora_benches::engine_bench::{Outcome, Workload, measure};
+use openlora_engine::EngineHandle;
+use openlora_kernels::cpu::ceilings;
+use openlora_types::{Alias, Limits, ModelShape, Module};
+use serde_json::json;
+use toml::Value;
+
+use crate::{Global, load_config, serve};
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  openlora bench
+  openlora bench --sequences 1,8,32 --adapters 0,32 --json
+  openlora bench --out benches/runs/today")]
+pub(crate) struct BenchArgs {
+    /// A GGUF file or a Hugging Face folder
+    #[arg(long, value_name = "PATH")]
+    model: Option<String>,
+    /// Sequences at once
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 32])]
+    sequences: Vec<usize>,
+    /// Distinct adapters in the batch; 0 is the base model alone
+    #[arg(long, value_delimiter = ',', default_values_t = [0, 1, 32])]
+    adapters: Vec<usize>,
+    /// Rank of the random adapters
+    #[arg(long, default_value_t = 8)]
+    rank: usize,
+    /// Adapt all seven linears instead of q and v
+    #[arg(long)]
+    all_linear: bool,
+    /// Tokens of a prompt
+    #[arg(long, default_value_t = 64)]
+    prompt_tokens: usize,
+    /// Tokens of an answer
+    #[arg(long, default_value_t = 32)]
+    answer_tokens: usize,
+    /// Times each figure is measured; the best is shown, all are in the JSON
+    #[arg(long, default_value_t = 3)]
+    repetitions: usize,
+    /// Write results.json and table.md into this folder
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+}
+
+pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
+    let mut flags = vec![("engine.prefix_cache", "bench", Value::Boolean(false))];
+    flags.extend(args.model.clone().map(|model| ("model.path", "--model", Value::String(model))));
+    let config = load_config(global, &flags)?.config;
+    eprintln!("measuring this machine's ceilings …");
+    let ceilings = ceilings::measure(config.engine.threads)?;
+    let measured = json!({"read_gb_per_s": ceilings.read_g_per_s, "int8_g_per_s": ceilings.int8_g_per_s, "f32_g_per_s": ceilings.f32_g_per_s});
+    let ceilings = format!(
+        "read {:.1} GB/s, int8 {:.0} G multiply-adds/s, f32 {:.0} G multiply-adds/s",
+        ceilings.read_g_per_s, ceilings.int8_g_per_s, ceilings.f32_g_per_s
+    );
+    let files = serve::open_model(&config)?;
+    let engine = serve::start_engine(&config, &files, serve::engine_config(&config))?;
+    let scratch = tempfile::tempdir().context("a folder for the random adapters")?;
+    let count = args.adapters.iter().copied().max().unwrap_or(0);
+    eprintln!("writing {count} random adapters …");
+    let leases = leases(args, scratch.path(), files.shape(), count)?;
+    let mut outcomes = Vec::new();
+    let mut table = String::from("| sequences | adapters | prefill tok/s | decode tok/s |\n|---|---|---|---|\n");
+    if !global.json {
+        print!("{table}");
+    }
+    for &sequences in &args.sequences {
+        for &adapters in args.adapters.iter().filter(|&&adapters| adapters <= sequences.max(1)) {
+            let outcome = one(args, &engine, &leases, files.shape().vocab, sequences, adapters)?;
+            let line = format!(
+                "| {sequences} | {adapters} | {:.0} | {:.0} |\n",
+                outcome.prefill_tokens_per_s, outcome.decode_tokens_per_s
+            );
+            if !global.json {
+                print!("{line}");
+            }
+            table.push_str(&line);
+            outcomes.push(outcome);
+        }
+    }
+    let result = json!({
+        "model": files.shape().name,
+        "backend": engine.describe(),
+        "ceilings": measured,
+        "rank": args.rank,
+        "modules": if args.all_linear { "all-linear" } else { "q_proj,v_proj" },
+        "outcomes": outcomes,
+    });
+    if global.json {
+        println!("{result}");
+    } else {
+        println!("{}: {ceilings}", engine.describe());
+    }
+    if let Some(out) = &args.out {
+        std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+        std::fs::write(out.join("results.json"), serde_json::to_string_pretty(&result)?)?;
+        std::fs::write(out.join("table.md"), format!("{}: {ceilings}\n\n{table}", engine.describe()))?;
+    }
+    engine.shutdown();
+    Ok(ExitCode::SUCCESS)
+}
+
+fn one(
+    args: &BenchArgs,
+    engine: &EngineHandle,
+    leases: &[Lease],
+    vocab: usize,
+    sequences: usize,
+    adapters: usize,
+) -> Result<Outcome> {
+    let workload =
+        Workload { sequences, adapters, prompt_tokens: args.prompt_tokens, answer_tokens: args.answer_tokens };
+    measure(engine, leases, vocab, workload, args.repetitions)
+}
+
+/// Registers `count` random adapters in a store under `scratch`: the same way in as everyone's.
+fn leases(args: &BenchArgs, scratch: &std::path::Path, shape: ModelShape, count: usize) -> Result<Vec<Lease>> {
+    let modules: &[Module] = if args.all_linear { &Module::IN_LAYER } else { &[Module::Q, Module::V] };
+    let limits = Limits::default();
+    let config = StoreConfig {
+        data_dir: scratch.join("store"),
+        allowed_roots: vec![scratch.to_owned()],
+        host_cache_bytes: 4 << 30,
+    };
+    let store = Arc::new(AdapterStore::open(config, shape.clone(), limits.clone())?);
+    let actor = Actor { name: "bench".into(), admin: true };
+    (0..count)
+        .map(|i| {
+            let folder = scratch.join(format!("a{i}"));
+            openlora_benches::adapters::write_random(&folder, &shape, args.rank, modules, i as u64)?;
+            let alias = Alias::parse("alias", &format!("bench/a{i}"), &limits)?;
+            store.register_folder(&alias, &folder, &actor, false)?;
+            Ok(store.resolve(alias.as_str())?)
+        })
+        .collect()
+}

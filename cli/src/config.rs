@@ -1,0 +1,297 @@
+//! Settings: the commented `openlora.toml` beside this file is the default, a file, the environment and flags go over
+//! it, unknown keys are refused, and every value remembers where it came from. Read once, at start; rooms get typed
+//! values and never look at the environment.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use openlora_types::Limits;
+use serde::Deserialize;
+use toml::{Table, Value};
+
+/// The default settings, as text: also what `openlora config show --default` prints.
+pub(crate) const DEFAULT: &str = include_str!("openlora.toml");
+
+/// All settings, checked.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    pub(crate) model: Model,
+    pub(crate) engine: Engine,
+    pub(crate) adapters: Adapters,
+    pub(crate) server: Server,
+    pub(crate) limits: Limits,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Model {
+    pub(crate) path: PathBuf,
+    pub(crate) name: String,
+    pub(crate) precision: Precision,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Precision {
+    Quantised,
+    F32,
+}
+
+impl Precision {
+    /// As in the settings.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Quantised => "quantised",
+            Self::F32 => "f32",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Engine {
+    pub(crate) threads: usize,
+    pub(crate) kv_cache_bytes: usize,
+    pub(crate) block_size: usize,
+    pub(crate) max_num_seqs: usize,
+    pub(crate) max_num_batched_tokens: usize,
+    pub(crate) long_prefill_chunk: usize,
+    pub(crate) max_loras: usize,
+    pub(crate) adapter_bytes: usize,
+    pub(crate) prefix_cache: bool,
+    pub(crate) starvation_ms: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Adapters {
+    pub(crate) data_dir: PathBuf,
+    pub(crate) allowed_roots: Vec<PathBuf>,
+    pub(crate) host_cache_bytes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Server {
+    pub(crate) grpc_addr: SocketAddr,
+    pub(crate) http_addr: SocketAddr,
+    pub(crate) tls_cert: PathBuf,
+    pub(crate) tls_key: PathBuf,
+    pub(crate) keys_file: PathBuf,
+    pub(crate) metrics_public: bool,
+    pub(crate) drain_grace_s: u64,
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    Default,
+    File(PathBuf),
+    Environment(String),
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(path) => write!(f, "file {}", path.display()),
+            Self::Environment(name) => write!(f, "environment {name}"),
+            Self::Flag(name) => write!(f, "flag {name}"),
+        }
+    }
+}
+
+/// A value given on the command line: `("server.grpc_addr", "--grpc-addr", value)`.
+pub(crate) type Flag = (&'static str, &'static str, Value);
+
+/// Settings with their origins, by dotted key.
+pub(crate) struct Loaded {
+    pub(crate) config: Config,
+    pub(crate) values: BTreeMap<String, (Value, Origin)>,
+}
+
+/// Where things are kept unless the settings say otherwise: `OPENLORA_HOME`, else `~/.cache/openlora`.
+pub(crate) fn home() -> Result<PathBuf> {
+    if let Some(home) = std::env::var_os("OPENLORA_HOME").filter(|home| !home.is_empty()) {
+        return Ok(home.into());
+    }
+    let home = std::env::var_os("HOME").filter(|home| !home.is_empty());
+    let home = home.context("neither OPENLORA_HOME nor HOME is set; set OPENLORA_HOME to a folder to keep things in")?;
+    Ok(Path::new(&home).join(".cache/openlora"))
+}
+
+/// Reads and checks the settings.
+///
+/// `environment` is `std::env::vars()` in the program; `OPENLORA_HOME`, `OPENLORA_SERVER` and `OPENLORA_API_KEY*` belong
+/// to the client commands and are no settings.
+pub(crate) fn load(
+    file: Option<&Path>,
+    environment: impl IntoIterator<Item = (String, String)>,
+    flags: &[Flag],
+    home: &Path,
+) -> Result<Loaded> {
+    let mut values = BTreeMap::new();
+    let default: Table = DEFAULT.parse().expect("the embedded default is valid TOML");
+    for (section, table) in &default {
+        for (key, value) in table.as_table().expect("the embedded default has only sections") {
+            values.insert(format!("{section}.{key}"), (value.clone(), Origin::Default));
+        }
+    }
+    if let Some(path) = file {
+        let text = std::fs::read_to_string(path).with_context(|| format!("settings file {}", path.display()))?;
+        let table: Table = text.parse().with_context(|| format!("settings file {}", path.display()))?;
+        for (section, table) in table {
+            let Value::Table(table) = table else { bail!("{}: `{section}` is not a section", path.display()) };
+            for (key, value) in table {
+                put(&mut values, &format!("{section}.{key}"), value, Origin::File(path.to_owned()))?;
+            }
+        }
+    }
+    for (name, text) in environment {
+        let Some(rest) = name.strip_prefix("OPENLORA_") else { continue };
+        let client = ["HOME", "SERVER", "LOG"].contains(&rest)
+            || ["API_KEY", "TEST_", "SIM_"].iter().any(|prefix| rest.starts_with(prefix));
+        if client {
+            continue;
+        }
+        let Some(key) = values.keys().find(|key| key.replace('.', "_").eq_ignore_ascii_case(rest)).cloned() else {
+            bail!("environment {name}: no setting has this name; `openlora config show` lists them");
+        };
+        let value = parse_like(&values[&key].0, &text).with_context(|| format!("environment {name}={text}"))?;
+        put(&mut values, &key, value, Origin::Environment(name))?;
+    }
+    for (key, flag, value) in flags {
+        put(&mut values, key, value.clone(), Origin::Flag((*flag).to_owned()))?;
+    }
+    let config = check(&values, home)?;
+    Ok(Loaded { config, values })
+}
+
+fn put(values: &mut BTreeMap<String, (Value, Origin)>, key: &str, value: Value, origin: Origin) -> Result<()> {
+    let Some(slot) = values.get_mut(key) else {
+        bail!("{origin}: unknown setting `{key}`; `openlora config show` lists the known ones");
+    };
+    if slot.0.type_str() != value.type_str() {
+        bail!("{origin}: `{key}` must be of type {}, not {}", slot.0.type_str(), value.type_str());
+    }
+    *slot = (value, origin);
+    Ok(())
+}
+
+/// Reads text as the same type as `like`; a list is separated by colons.
+fn parse_like(like: &Value, text: &str) -> Result<Value> {
+    Ok(match like {
+        Value::Integer(_) => Value::Integer(text.parse().context("must be an integer")?),
+        Value::Boolean(_) => Value::Boolean(text.parse().context("must be true or false")?),
+        Value::Array(_) => {
+            let parts = text.split(':').filter(|part| !part.is_empty());
+            Value::Array(parts.map(|part| Value::String(part.to_owned())).collect())
+        }
+        _ => Value::String(text.to_owned()),
+    })
+}
+
+fn check(values: &BTreeMap<String, (Value, Origin)>, home: &Path) -> Result<Config> {
+    let mut table = Table::new();
+    for (key, (value, origin)) in values {
+        let (section, name) = key.split_once('.').expect("keys are section.name");
+        if value.as_integer().is_some_and(|value| value < 0) {
+            bail!("{origin}: `{key}` must not be negative");
+        }
+        let section = table.entry(section).or_insert_with(|| Value::Table(Table::new()));
+        section.as_table_mut().expect("made above").insert(name.to_owned(), value.clone());
+    }
+    let mut config: Config = table.try_into().context("settings")?;
+    let or_home = |path: &mut PathBuf, name: &str| {
+        if path.as_os_str().is_empty() {
+            *path = home.join(name);
+        }
+    };
+    or_home(&mut config.model.path, "models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    or_home(&mut config.adapters.data_dir, "adapters");
+    or_home(&mut config.server.keys_file, "keys.json");
+    if config.engine.threads == 0 {
+        config.engine.threads = std::thread::available_parallelism().map_or(1, usize::from);
+    }
+    let engine = &config.engine;
+    for (key, value, max) in [
+        ("engine.block_size", engine.block_size, 256),
+        ("engine.max_num_seqs", engine.max_num_seqs, 4_096),
+        ("engine.max_num_batched_tokens", engine.max_num_batched_tokens, 65_536),
+        ("engine.long_prefill_chunk", engine.long_prefill_chunk, 65_536),
+        ("engine.max_loras", engine.max_loras, 4_096),
+        ("engine.threads", engine.threads, 1_024),
+    ] {
+        if value == 0 || value > max {
+            bail!("{}: `{key}` is {value}; it must be from 1 to {max}", values[key].1);
+        }
+    }
+    if engine.max_num_batched_tokens < engine.max_num_seqs {
+        bail!(
+            "`engine.max_num_batched_tokens` is {}; it must be at least `engine.max_num_seqs`, {}",
+            engine.max_num_batched_tokens,
+            engine.max_num_seqs
+        );
+    }
+    let server = &config.server;
+    if server.tls_cert.as_os_str().is_empty() != server.tls_key.as_os_str().is_empty() {
+        bail!("`server.tls_cert` and `server.tls_key` must be set together");
+    }
+    Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn try_load(file: Option<&str>, environment: &[(&str, &str)], flags: &[Flag]) -> Result<Loaded> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("openlora.toml");
+        if let Some(text) = file {
+            std::fs::write(&path, text).unwrap();
+        }
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        load(file.map(|_| path.as_path()), environment, flags, Path::new("/home/somebody"))
+    }
+
+    #[test]
+    fn the_embedded_default_names_every_limit_with_its_default() {
+        let loaded = try_load(None, &[], &[]).unwrap();
+        assert_eq!(loaded.config.limits, Limits::default());
+        assert_eq!(loaded.config.server.keys_file, Path::new("/home/somebody/keys.json"));
+    }
+
+    #[test]
+    fn the_last_of_default_file_environment_and_flag_wins_and_is_remembered() {
+        let file = "[engine]\nmax_num_seqs = 8\nmax_loras = 8\nblock_size = 8\n";
+        let environment = [("OPENLORA_ENGINE_MAX_LORAS", "16"), ("OPENLORA_ENGINE_BLOCK_SIZE", "32"), ("OTHER", "x")];
+        let flags = [("engine.block_size", "--block-size", Value::Integer(64))];
+        let loaded = try_load(Some(file), &environment, &flags).unwrap();
+        let engine = loaded.config.engine;
+        assert_eq!((engine.max_num_seqs, engine.max_loras, engine.block_size), (8, 16, 64));
+        assert_eq!(loaded.values["engine.block_size"].1, Origin::Flag("--block-size".into()));
+        assert_eq!(loaded.values["engine.max_loras"].1, Origin::Environment("OPENLORA_ENGINE_MAX_LORAS".into()));
+        assert!(matches!(loaded.values["engine.max_num_seqs"].1, Origin::File(_)));
+        assert_eq!(loaded.values["engine.prefix_cache"].1, Origin::Default);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let error = |file, environment: &[(&str, &str)]| format!("{:#}", try_load(file, environment, &[]).err().unwrap());
+        assert!(error(Some("[engine]\nmax_seqs = 1\n"), &[]).contains("engine.max_seqs"));
+        assert!(error(Some("[engnie]\nmax_num_seqs = 1\n"), &[]).contains("engnie.max_num_seqs"));
+        assert!(error(Some("[engine]\nmax_num_seqs = \"1\"\n"), &[]).contains("must be of type integer"));
+        assert!(error(Some("[engine]\nmax_num_seqs = -1\n"), &[]).contains("must not be negative"));
+        assert!(error(Some("[engine]\nmax_num_seqs = 0\n"), &[]).contains("engine.max_num_seqs"));
+        assert!(error(Some("[engine]\nmax_num_batched_tokens = 8\n"), &[]).contains("engine.max_num_seqs"));
+        assert!(error(Some("[model]\nprecision = \"f64\"\n"), &[]).contains("precision"));
+        assert!(error(Some("[server]\ntls_cert = \"x\"\n"), &[]).contains("tls_key"));
+        assert!(error(None, &[("OPENLORA_ENGINE_THREADS", "two")]).contains("OPENLORA_ENGINE_THREADS"));
+        assert!(error(None, &[("OPENLORA_ENGINE_THREAD", "2")]).contains("OPENLORA_ENGINE_THREAD"));
+    }
+}

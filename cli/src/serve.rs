@@ -1,0 +1,213 @@
+//! `openlora serve`: the composition root. Opens the model, the adapter store and the keys, starts the engine, opens the
+//! doors, and on SIGTERM or Ctrl-C drains and leaves.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use openlora_adapters::{AdapterStore, BaseRows, StoreConfig};
+use openlora_engine::{Engine, EngineConfig, EngineHandle};
+use openlora_kernels::Precision;
+use openlora_kernels::cpu::{Cpu, Isa};
+use openlora_model::{LoadOptions, Model, ModelFiles};
+use openlora_server::{App, Auth, EngineLimits, ModelFacts, ServerConfig, Tls};
+use openlora_types::{Module, Site};
+use toml::Value;
+
+use crate::config::{Config, Flag};
+use crate::{Global, load_config};
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  openlora serve
+  openlora serve --model ./Qwen2.5-0.5B --precision f32
+  openlora serve --insecure-no-auth --grpc-addr 127.0.0.1:50051")]
+pub(crate) struct ServeArgs {
+    /// A GGUF file or a Hugging Face folder
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: Option<String>,
+    /// `quantised` or `f32`
+    #[arg(long)]
+    pub(crate) precision: Option<String>,
+    /// Kernel threads; one per core when left out
+    #[arg(long)]
+    pub(crate) threads: Option<u32>,
+    /// Where gRPC listens
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) grpc_addr: Option<SocketAddr>,
+    /// Where /metrics, /healthz and /readyz listen
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) http_addr: Option<SocketAddr>,
+    /// Where adapters are kept
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) data_dir: Option<String>,
+    /// Let everyone on this machine in without a key; refused on other addresses
+    #[arg(long)]
+    pub(crate) insecure_no_auth: bool,
+}
+
+impl ServeArgs {
+    fn flags(&self) -> Vec<Flag> {
+        let text = |value: &Option<String>| value.clone().map(Value::String);
+        let addr = |value: Option<SocketAddr>| value.map(|addr| Value::String(addr.to_string()));
+        [
+            ("model.path", "--model", text(&self.model)),
+            ("model.precision", "--precision", text(&self.precision)),
+            ("engine.threads", "--threads", self.threads.map(|threads| Value::Integer(threads.into()))),
+            ("server.grpc_addr", "--grpc-addr", addr(self.grpc_addr)),
+            ("server.http_addr", "--http-addr", addr(self.http_addr)),
+            ("adapters.data_dir", "--data-dir", text(&self.data_dir)),
+        ]
+        .into_iter()
+        .filter_map(|(key, flag, value)| Some((key, flag, value?)))
+        .collect()
+    }
+}
+
+pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("OPENLORA_LOG").unwrap_or_else(|_| "info,h2=warn".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let config = load_config(global, &args.flags())?.config;
+    let server_config = server_config(&config, args.insecure_no_auth);
+    server_config.validate()?;
+    let files = open_model(&config)?;
+    let store = Arc::new(open_store(&config, &files)?);
+    let engine = start_engine(&config, &files, engine_config(&config))?;
+    let shape = files.shape();
+    let name = shape.name.clone();
+    let app = App {
+        engine: engine.clone(),
+        store,
+        tokenizer: files.tokenizer()?,
+        template: files.chat_template()?.map(Arc::new),
+        engine_limits: EngineLimits {
+            sequence_tokens_max: config.limits.sequence_tokens_max.min(shape.context),
+            max_num_seqs: config.engine.max_num_seqs,
+            max_num_batched_tokens: config.engine.max_num_batched_tokens,
+            max_loras: config.engine.max_loras,
+        },
+        model: ModelFacts {
+            shape,
+            architecture: files.config().architecture.to_string(),
+            eos_tokens: files.config().eos_tokens.clone(),
+        },
+        precision: config.model.precision.name().to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let json = global.json;
+    runtime.block_on(openlora_server::run(server_config, app, shutdown_signal(), move |addrs| {
+        if json {
+            println!("{}", serde_json::json!({"grpc": addrs.grpc.to_string(), "http": addrs.http.to_string()}));
+        } else {
+            println!("serving {name}: gRPC {}, HTTP {}", addrs.grpc, addrs.http);
+        }
+    }))?;
+    engine.shutdown();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Resolves on SIGTERM or Ctrl-C.
+async fn shutdown_signal() {
+    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
+    match terminate {
+        Ok(mut terminate) => tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        },
+        Err(error) => {
+            tracing::warn!(%error, "no handler for SIGTERM; Ctrl-C still stops the server");
+            let _ = tokio::signal::ctrl_c().await;
+        }
+    }
+}
+
+/// Lets the store compare an adapter's copies of base weights with the base.
+struct Base(Arc<ModelFiles>);
+
+impl BaseRows for Base {
+    fn read_row(&self, module: Module, row: usize, out: &mut [f32]) {
+        self.0.read_row(Site { layer: 0, module }, row, out);
+    }
+}
+
+pub(crate) fn open_store(config: &Config, files: &Arc<ModelFiles>) -> Result<AdapterStore> {
+    let adapters = StoreConfig {
+        data_dir: config.adapters.data_dir.clone(),
+        allowed_roots: config.adapters.allowed_roots.clone(),
+        host_cache_bytes: config.adapters.host_cache_bytes,
+    };
+    let store = AdapterStore::open(adapters, files.shape(), config.limits.clone())?;
+    Ok(store.with_base(Arc::new(Base(Arc::clone(files)))))
+}
+
+pub(crate) fn open_model(config: &Config) -> Result<Arc<ModelFiles>> {
+    let path = &config.model.path;
+    let files = ModelFiles::open(path, &config.limits)
+        .with_context(|| format!("model {}; scripts/fetch-model.sh fetches the default one", path.display()))?;
+    Ok(Arc::new(if config.model.name.is_empty() { files } else { files.named(&config.model.name) }))
+}
+
+pub(crate) fn engine_config(config: &Config) -> EngineConfig {
+    let (engine, limits) = (&config.engine, &config.limits);
+    EngineConfig {
+        kv_cache_bytes: engine.kv_cache_bytes,
+        max_num_seqs: engine.max_num_seqs,
+        max_num_batched_tokens: engine.max_num_batched_tokens,
+        long_prefill_chunk: engine.long_prefill_chunk,
+        max_loras: engine.max_loras,
+        adapter_bytes: engine.adapter_bytes,
+        prefix_cache: engine.prefix_cache,
+        starvation_micros: engine.starvation_ms * 1_000,
+        sequence_tokens_max: limits.sequence_tokens_max,
+        waiting_requests_max: limits.waiting_requests_max,
+        stream_events_max: limits.stream_events_max,
+    }
+}
+
+/// Loads the weights with a progress bar and starts the step thread.
+pub(crate) fn start_engine(config: &Config, files: &Arc<ModelFiles>, engine: EngineConfig) -> Result<EngineHandle> {
+    let precision = match config.model.precision {
+        crate::config::Precision::Quantised => Precision::Quantised,
+        crate::config::Precision::F32 => Precision::F32,
+    };
+    let backend = Arc::new(Cpu::new(config.engine.threads, precision, Isa::detect())?);
+    let options = LoadOptions {
+        max_rows: engine.max_num_batched_tokens,
+        max_logit_rows: engine.max_num_seqs,
+        max_position: engine.sequence_tokens_max.min(files.shape().context),
+        block_size: config.engine.block_size,
+    };
+    let style = ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes}").expect("a fixed template");
+    let bar = ProgressBar::new(0).with_style(style);
+    let model = Model::load(backend, Arc::clone(files), &options, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    Ok(Engine::start(Arc::new(model), engine)?)
+}
+
+fn server_config(config: &Config, insecure: bool) -> ServerConfig {
+    let server = &config.server;
+    let tls = (!server.tls_cert.as_os_str().is_empty())
+        .then(|| Tls { cert_path: server.tls_cert.clone(), key_path: server.tls_key.clone() });
+    ServerConfig {
+        grpc_addr: server.grpc_addr,
+        http_addr: server.http_addr,
+        tls,
+        auth: if insecure { Auth::InsecureLoopback } else { Auth::Keys { path: server.keys_file.clone() } },
+        metrics_public: server.metrics_public,
+        limits: config.limits.clone(),
+        drain_grace: Duration::from_secs(server.drain_grace_s),
+        ..ServerConfig::default()
+    }
+}

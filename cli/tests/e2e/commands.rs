@@ -1,0 +1,106 @@
+//! The commands people type.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::support::{OPENLORA, Server, fixtures};
+
+fn text(output: &Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{out}{err}");
+    out.into_owned()
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_str(&text(output)).expect("JSON")
+}
+
+fn failure(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn an_owner_registers_inspects_verifies_and_removes_an_adapter() {
+    let server = Server::start(&[]);
+    let folder = fixtures().join("golden/trained/cwe-r8");
+    let folder = folder.to_str().expect("a path");
+    let inspected = json(&server.openlora(&["adapter", "inspect", folder, "--json"]));
+    let added = json(&server.openlora(&["adapter", "add", "admin/cwe", folder, "--json"]));
+    assert_eq!(added["generation"], inspected["generation"]);
+    assert_eq!(added["rank_max"], 8);
+    assert_eq!(added["sites"], 60);
+    assert!(text(&server.openlora(&["adapter", "ls"])).contains("admin/cwe"));
+    let verified = server.openlora(&["adapter", "verify", folder, "--alias", "admin/cwe"]);
+    assert!(text(&verified).contains("serves exactly this"));
+    let other = fixtures().join("golden/trained/wordnet-r8");
+    let verified = server.openlora(&["adapter", "verify", other.to_str().expect("a path"), "--alias", "admin/cwe"]);
+    assert_eq!(verified.status.code(), Some(1));
+    let taken = failure(&server.openlora(&["adapter", "add", "admin/cwe", folder]));
+    assert!(taken.contains("admin/cwe"), "{taken}");
+    text(&server.openlora(&["adapter", "rm", "admin/cwe"]));
+    assert!(text(&server.openlora(&["adapter", "ls"])).contains("no adapters yet"));
+    let missing = failure(&server.openlora(&["generate", "--adapter", "admin/cwe", "x"]));
+    assert!(missing.contains("admin/cwe"), "{missing}");
+}
+
+#[test]
+fn generate_streams_text_and_prints_json() {
+    let server = Server::start(&[]);
+    let folder = fixtures().join("golden/trained/cwe-r8");
+    text(&server.openlora(&["adapter", "add", "admin/cwe", folder.to_str().expect("a path")]));
+    // A golden prompt; its first tokens are far from ties, so that quantised kernels give them too.
+    let question = "Explain why the sky is blue in one sentence.";
+    let said = text(&server.openlora(&["generate", "--temperature", "0", "--max-tokens", "8", question]));
+    assert!(said.starts_with("The sky is blue"), "{said}");
+    let answer =
+        json(&server.openlora(&["generate", "--json", "--temperature", "0", "--logprobs", "2", "--adapter", "admin/cwe", question]));
+    assert_eq!(answer["token_ids"].as_array().map(Vec::len), answer["logprobs"].as_array().map(Vec::len));
+    assert_eq!(answer["logprobs"][0]["top"].as_array().map(Vec::len), Some(2));
+    assert_eq!(answer["generation"].as_str().map(str::len), Some(64));
+    let stopped = json(&server.openlora(&["generate", "--json", "--temperature", "0", "--stop", " blue", question]));
+    assert_eq!(stopped["text"], "The sky is");
+    assert_eq!(stopped["finish_reason"], "stop");
+}
+
+#[test]
+fn errors_name_the_next_command() {
+    let home = tempfile::tempdir().expect("a folder");
+    let openlora = |args: &[&str]| {
+        Command::new(OPENLORA).env("OPENLORA_HOME", home.path()).env_remove("OPENLORA_MODEL_PATH").args(args).output()
+    };
+    let no_model = failure(&openlora(&["model", "inspect"]).expect("runs"));
+    assert!(no_model.contains("scripts/fetch-model.sh"), "{no_model}");
+    let no_server = failure(&openlora(&["generate", "--server", "http://127.0.0.1:1", "x"]).expect("runs"));
+    assert!(no_server.contains("openlora serve"), "{no_server}");
+    let exposed = failure(
+        &openlora(&["serve", "--insecure-no-auth", "--grpc-addr", "0.0.0.0:0", "--http-addr", "127.0.0.1:0"]).expect("runs"),
+    );
+    assert!(exposed.contains("openlora key create"), "{exposed}");
+    let pickled = home.path().join("pickled");
+    std::fs::create_dir(&pickled).expect("a folder");
+    std::fs::write(pickled.join("adapter_config.json"), "{}").expect("written");
+    std::fs::write(pickled.join("adapter_model.bin"), "").expect("written");
+    let refused = failure(&openlora(&["adapter", "add", "x/y", pickled.to_str().expect("a path")]).expect("runs"));
+    assert!(refused.contains("safe_serialization"), "{refused}");
+    assert_eq!(openlora(&["no-such-command"]).expect("runs").status.code(), Some(2));
+}
+
+#[test]
+fn doctor_config_model_and_completions_ask_no_server() {
+    let server = Server::start(&[]);
+    let doctor = json(&server.openlora(&["doctor", "--json"]));
+    assert_eq!(doctor["ok"], true, "{doctor}");
+    let broken = server.openlora(&["doctor", "--config", "/nonexistent.toml"]);
+    assert_eq!(broken.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&broken.stdout).contains("/nonexistent.toml"));
+    let shown = text(&server.openlora(&["config", "show", "--origin"]));
+    assert!(shown.contains("environment OPENLORA_MODEL_PATH"), "{shown}");
+    assert!(shown.contains("engine.max_num_seqs = 64  # default"), "{shown}");
+    text(&server.openlora(&["config", "check"]));
+    let model = json(&server.openlora(&["model", "inspect", "--json"]));
+    assert_eq!(model["shape"]["layers"], 30);
+    assert_eq!(model["tensors"].as_array().map(Vec::len), Some(272));
+    assert!(text(&server.openlora(&["completions", "bash"])).contains("_openlora"));
+}

@@ -1,0 +1,6 @@
+//! The whole system from outside: the real binary, the real model, real sockets.
+
+mod answers;
+mod commands;
+mod lifecycle;
+mod support;

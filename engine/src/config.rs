@@ -1,0 +1,46 @@
+/// What the engine may use. Names are vLLM's where vLLM has one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Bytes of the KV cache; the number of blocks follows from the model.
+    pub kv_cache_bytes: usize,
+    /// Sequences that run at once.
+    pub max_num_seqs: usize,
+    /// Rows of one step: decoding sequences take one each, prefill chunks the rest.
+    pub max_num_batched_tokens: usize,
+    /// Rows one prefill may take in a step while other sequences wait for theirs.
+    pub long_prefill_chunk: usize,
+    /// Distinct adapters among the running sequences.
+    pub max_loras: usize,
+    /// Bytes of adapters on the device, waiting requests' included.
+    pub adapter_bytes: usize,
+    /// Whether full blocks are kept for requests with the same beginning.
+    pub prefix_cache: bool,
+    /// A priority class that nothing was admitted from for this long gets the next turn.
+    pub starvation_micros: u64,
+    /// Longest sequence, prompt and answer; the model's context where that is shorter.
+    pub sequence_tokens_max: usize,
+    /// Requests waiting; one more is refused.
+    pub waiting_requests_max: usize,
+    /// Events buffered for one reader, or as many as one step makes for it where those are more; one beyond ends the
+    /// request.
+    pub stream_events_max: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        let limits = openlora_types::Limits::default();
+        Self {
+            kv_cache_bytes: 1 << 30,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            long_prefill_chunk: 256,
+            max_loras: 64,
+            adapter_bytes: 1 << 30,
+            prefix_cache: true,
+            starvation_micros: 5_000_000,
+            sequence_tokens_max: limits.sequence_tokens_max,
+            waiting_requests_max: limits.waiting_requests_max,
+            stream_events_max: limits.stream_events_max,
+        }
+    }
+}

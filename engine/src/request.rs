@@ -1,0 +1,47 @@
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use crate::handle::Submit;
+use crate::residency::Resident;
+use crate::{EngineError, Event};
+
+/// What a reader and the step thread share of one request. Flags instead of a queue of messages: a reader can always
+/// raise one, from `Drop` as well, and the step thread looks at each once a step.
+#[derive(Debug, Default)]
+pub(crate) struct Control {
+    /// The reader is gone.
+    pub(crate) cancelled: AtomicBool,
+    /// Bit i: sample i was stopped by its reader. The engine refuses `n` above [`SAMPLES_MAX`].
+    pub(crate) stopped: AtomicU64,
+    /// Why the engine gave up where the channel had no room to say so.
+    pub(crate) failure: OnceLock<EngineError>,
+    /// When the first step that computes a row of it began.
+    pub(crate) scheduled: OnceLock<Instant>,
+}
+
+impl Control {
+    pub(crate) fn failure(&self) -> EngineError {
+        self.failure.get().cloned().unwrap_or_else(|| EngineError::Dead("the step thread ended".into()))
+    }
+}
+
+/// Samples a request can have, by the width of [`Control::stopped`].
+pub(crate) const SAMPLES_MAX: u32 = 64;
+
+/// A request on its way to the step thread, its adapter resident.
+pub(crate) struct Incoming<A> {
+    pub(crate) submit: Submit,
+    pub(crate) adapter: Option<Arc<Resident<A>>>,
+    pub(crate) events: mpsc::Sender<Event>,
+    pub(crate) control: Arc<Control>,
+}
+
+/// What the step thread is told between steps.
+pub(crate) enum Command<A> {
+    Submit(Box<Incoming<A>>),
+    /// Look around: the stop flag is up.
+    Wake,
+}

@@ -1,0 +1,633 @@
+//! The step thread: steps five to seven of a request.
+//!
+//! One turn of [`StepThread::step`] asks the scheduler for a plan, runs the model over all its rows, draws or scores,
+//! tells the readers and tells the scheduler what came of it. In steady state a step allocates nothing (but for the
+//! alternatives of requests that ask for some): its buffers live in [`Buffers`] and keep their capacity.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use openlora_adapters::Lease;
+use openlora_kernels::{Backend, LoraRows, LoraSegment, SampleRow, SampledRow, SequenceRows, StepRows};
+use openlora_model::{Activations, Model, ModelError};
+use openlora_scheduler::{NewSequence, Scheduler, SequenceResult, StepPlan, SubmitError};
+use openlora_types::{
+    FinishReason, InvalidField, SamplingParams, SequenceId, Time, Token, TokenLogprob, TokenOutput, Usage,
+};
+use tokio::sync::{mpsc, watch};
+
+use crate::engine::Board;
+use crate::handle::Event;
+use crate::request::{Command, Control, Incoming};
+use crate::residency::Resident;
+use crate::{EngineError, EngineStats};
+
+/// What only the step thread touches.
+pub(crate) struct StepThread<B: Backend> {
+    model: Arc<Model<B>>,
+    scheduler: Scheduler,
+    kv: B::Kv,
+    activations: Activations<B>,
+    incoming: mpsc::Receiver<Command<B::Adapter>>,
+    board: Arc<Board>,
+    started: Instant,
+    requests: HashMap<RequestKey, Request<B::Adapter>>,
+    sequences: HashMap<SequenceId, Sequence>,
+    next_key: u64,
+    plan: StepPlan,
+    buffers: Buffers,
+    totals: Totals,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct RequestKey(u64);
+
+struct Request<A> {
+    control: Arc<Control>,
+    events: mpsc::Sender<Event>,
+    params: SamplingParams,
+    adapter: Option<Arc<Resident<A>>>,
+    // Held for its `Drop`: the host copy counts as leased for as long as the request lives.
+    _lease: Option<Lease>,
+    prompt_tokens: usize,
+    /// Prompt positions scored so far; recomputation after preemption does not score them again.
+    scored: usize,
+    samples: Vec<SequenceId>,
+    open_samples: usize,
+    usage: Usage,
+    /// End-of-sequence (unless ignored) and stop tokens: what ends a sample, and what is banned before `min_tokens`.
+    stops: Vec<Token>,
+}
+
+impl<A> Request<A> {
+    /// Lets go of adapter and lease; what is left to tell the reader goes to the result. In this order, so that who reads the
+    /// last event finds everything free.
+    fn release(self) -> (mpsc::Sender<Event>, Arc<Control>) {
+        (self.events, self.control)
+    }
+}
+
+struct Sequence {
+    request: RequestKey,
+    index: u32,
+    /// Whether it has had rows; recomputation after preemption finds its own blocks in the prefix cache.
+    started: bool,
+}
+
+#[derive(Default)]
+struct Totals {
+    steps: u64,
+    prompt_tokens: u64,
+    generation_tokens: u64,
+    step_micros: u64,
+}
+
+/// Reused between steps.
+#[derive(Default)]
+struct Buffers {
+    tokens: Vec<Token>,
+    positions: Vec<u32>,
+    rows: Vec<SequenceRows>,
+    logits: Vec<LogitRow>,
+    part: Vec<LogitRow>,
+    logit_rows: Vec<u32>,
+    sampled: Vec<SampledRow>,
+    results: Vec<SequenceResult>,
+    gone: Vec<RequestKey>,
+    segments: Vec<LoraSegment<'static, ()>>,
+    draws: Vec<SampleRow<'static>>,
+}
+
+/// A row whose logits are wanted.
+#[derive(Clone, Copy)]
+struct LogitRow {
+    /// Row of the step.
+    row: u32,
+    /// Index into the plan's sequences.
+    planned: usize,
+    /// The prompt token to score; `None` draws.
+    score: Option<Token>,
+}
+
+/// Runs steps until told to stop. Whatever ends it, panics included, is told to everyone who waits: readers through
+/// their channels, the server through the death notice.
+pub(crate) fn run<B: Backend>(mut state: StepThread<B>, died: &watch::Sender<Option<String>>) {
+    let outcome = catch_unwind(AssertUnwindSafe(|| state.run()));
+    let reason = match outcome {
+        Ok(Ok(())) => "it was shut down".to_owned(),
+        Ok(Err(error)) => error.to_string(),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            format!("the step thread panicked: {text}")
+        }
+    };
+    tracing::info!(reason, "the engine has stopped");
+    // The notice first, so that a reader who is told finds the engine dead.
+    died.send_replace(Some(reason.clone()));
+    state.fail_everything(&EngineError::Dead(reason));
+}
+
+impl<B: Backend> StepThread<B> {
+    pub(crate) fn new(
+        model: Arc<Model<B>>,
+        scheduler: Scheduler,
+        kv: B::Kv,
+        incoming: mpsc::Receiver<Command<B::Adapter>>,
+        board: Arc<Board>,
+    ) -> Result<Self, EngineError> {
+        Ok(Self {
+            activations: model.new_activations()?,
+            model,
+            scheduler,
+            kv,
+            incoming,
+            board,
+            started: Instant::now(),
+            requests: HashMap::new(),
+            sequences: HashMap::new(),
+            next_key: 0,
+            plan: StepPlan::default(),
+            buffers: Buffers::default(),
+            totals: Totals::default(),
+        })
+    }
+
+    fn run(&mut self) -> Result<(), ModelError> {
+        loop {
+            if !self.receive() || self.board.stopping.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            self.reap();
+            let began = Instant::now();
+            let worked = self.step()?;
+            self.totals.step_micros += began.elapsed().as_micros() as u64;
+            self.publish();
+            if !worked && !self.sequences.is_empty() {
+                // Nothing could be scheduled though sequences are there: all that is left waits for something that only
+                // time or another request changes (a deadline, say).
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    /// Takes what has come; waits where there is nothing else to do. False when all handles are gone.
+    fn receive(&mut self) -> bool {
+        if self.sequences.is_empty() {
+            match self.incoming.blocking_recv() {
+                Some(Command::Submit(incoming)) => self.admit(*incoming),
+                Some(Command::Wake) => {}
+                None => return false,
+            }
+        }
+        while let Ok(command) = self.incoming.try_recv() {
+            match command {
+                Command::Submit(incoming) => self.admit(*incoming),
+                Command::Wake => {}
+            }
+        }
+        true
+    }
+
+    fn now(&self) -> Time {
+        self.time(Instant::now())
+    }
+
+    fn time(&self, instant: Instant) -> Time {
+        Time(instant.saturating_duration_since(self.started).as_micros() as u64)
+    }
+
+    /// Hands a request to the scheduler: one sequence per sample. All of them or none.
+    fn admit(&mut self, incoming: Incoming<B::Adapter>) {
+        let Incoming { submit, adapter, events, control } = incoming;
+        let now = self.now();
+        let key = RequestKey(self.next_key);
+        let params = submit.sampling;
+        let generation = submit.lease.as_ref().map(|lease| lease.generation());
+        let mut samples = Vec::with_capacity(params.n as usize);
+        for index in 0..params.n {
+            let id = SequenceId(self.next_key);
+            self.next_key += 1;
+            let new = NewSequence {
+                id,
+                tenant: submit.tenant.clone(),
+                generation,
+                cache_salt: submit.cache_salt.clone(),
+                priority: submit.priority,
+                deadline: submit.deadline.map(|deadline| self.time(deadline)),
+                prompt: submit.prompt.clone(),
+                max_tokens: params.max_tokens,
+                // A prompt to be scored must be computed, not found.
+                use_prefix_cache: params.prompt_logprobs.is_none() || index > 0,
+            };
+            if let Err(error) = self.scheduler.submit(now, new) {
+                for id in samples {
+                    self.scheduler.abort(id);
+                    self.sequences.remove(&id);
+                }
+                drop((submit.lease, adapter));
+                fail_reader(&events, &control, refusal(error));
+                return;
+            }
+            samples.push(id);
+            self.sequences.insert(id, Sequence { request: key, index, started: false });
+        }
+        let mut stops = params.stop_tokens.clone();
+        if !params.ignore_eos {
+            stops.extend_from_slice(&self.model.config().eos_tokens);
+        }
+        let prompt_tokens = submit.prompt.len();
+        let request = Request {
+            control,
+            events,
+            adapter,
+            _lease: submit.lease,
+            prompt_tokens,
+            scored: 0,
+            open_samples: samples.len(),
+            samples,
+            usage: Usage { prompt_tokens: prompt_tokens as u32, ..Usage::default() },
+            stops,
+            params,
+        };
+        self.requests.insert(key, request);
+    }
+
+    /// Ends what readers no longer want.
+    fn reap(&mut self) {
+        let mut gone = std::mem::take(&mut self.buffers.gone);
+        for (&key, request) in &self.requests {
+            let control = &request.control;
+            if control.cancelled.load(Ordering::Acquire) || control.stopped.load(Ordering::Acquire) != 0 {
+                gone.push(key);
+            }
+        }
+        for key in gone.drain(..) {
+            let control = Arc::clone(&self.requests[&key].control);
+            if control.cancelled.load(Ordering::Acquire) {
+                self.remove(key);
+                continue;
+            }
+            let stopped = control.stopped.swap(0, Ordering::AcqRel);
+            let samples = self.requests[&key].samples.clone();
+            for (index, id) in samples.into_iter().enumerate() {
+                if stopped & (1 << index) != 0 && self.sequences.contains_key(&id) {
+                    self.scheduler.abort(id);
+                    self.finish(id, FinishReason::Stop);
+                }
+            }
+        }
+        self.buffers.gone = gone;
+    }
+
+    /// One step. False when the scheduler had nothing to run.
+    fn step(&mut self) -> Result<bool, ModelError> {
+        let now = self.now();
+        let mut plan = std::mem::take(&mut self.plan);
+        self.scheduler.schedule_into(now, &mut plan);
+        for id in plan.expired.drain(..) {
+            if let Some(sequence) = self.sequences.get(&id) {
+                self.fail(sequence.request, EngineError::DeadlineExceeded);
+            }
+        }
+        let worked = !plan.sequences.is_empty();
+        if worked {
+            self.execute(&plan)?;
+            let results = std::mem::take(&mut self.buffers.results);
+            self.scheduler.update(self.now(), &results);
+            self.buffers.results = results;
+            self.totals.steps += 1;
+        }
+        self.plan = plan;
+        Ok(worked)
+    }
+
+    /// Steps six and seven: rows, forward, draw, deliver.
+    fn execute(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
+        let mut buffers = std::mem::take(&mut self.buffers);
+        self.lay_out(plan, &mut buffers);
+        let rows = StepRows {
+            tokens: &buffers.tokens,
+            positions: &buffers.positions,
+            sequences: &buffers.rows,
+            block_tables: &plan.block_tables,
+        };
+        let mut segments = recycle(std::mem::take(&mut buffers.segments));
+        segments.extend(plan.sequences.iter().zip(&buffers.rows).map(|(planned, rows)| LoraSegment {
+            row: rows.row,
+            rows: rows.rows,
+            adapter: adapter(&self.sequences, &self.requests, planned.id),
+        }));
+        merge(&mut segments);
+        let lora = LoraRows { segments: &segments };
+        self.model.forward(&mut self.activations, &rows, &lora, &mut self.kv)?;
+        buffers.segments = recycle(segments);
+
+        buffers.results.clear();
+        buffers.results.extend(plan.sequences.iter().map(|planned| SequenceResult {
+            id: planned.id,
+            token: None,
+            finished: false,
+        }));
+        let (logits, mut part) = (std::mem::take(&mut buffers.logits), std::mem::take(&mut buffers.part));
+        for rows in logits.chunks(self.model.options().max_logit_rows) {
+            // A request is gone if its reader fell behind when an earlier part was delivered.
+            let live = |wanted: &&LogitRow| self.sequences.contains_key(&plan.sequences[wanted.planned].id);
+            part.clear();
+            part.extend(rows.iter().filter(live));
+            if !part.is_empty() {
+                self.sample(plan, &part, &mut buffers)?;
+                self.deliver(plan, &part, &mut buffers);
+            }
+        }
+        (buffers.logits, buffers.part) = (logits, part);
+        self.buffers = buffers;
+        Ok(())
+    }
+
+    /// Fills the rows of the step and lists those whose logits are wanted.
+    fn lay_out(&mut self, plan: &StepPlan, buffers: &mut Buffers) {
+        buffers.tokens.clear();
+        buffers.positions.clear();
+        buffers.rows.clear();
+        buffers.logits.clear();
+        for (planned_index, planned) in plan.sequences.iter().enumerate() {
+            let sequence = self.sequences.get_mut(&planned.id).expect("a planned sequence is known");
+            let first_time = !std::mem::replace(&mut sequence.started, true);
+            let request = self.requests.get_mut(&sequence.request).expect("a sequence's request lives");
+            request.control.scheduled.get_or_init(Instant::now);
+            let tokens = self.scheduler.tokens(planned.id).expect("a planned sequence is known");
+            let (start, end) = (planned.start, planned.start + planned.rows);
+            let first_row = buffers.tokens.len();
+            buffers.tokens.extend_from_slice(&tokens[start..end]);
+            buffers.positions.extend(start as u32..end as u32);
+            let rows =
+                SequenceRows { row: first_row, rows: planned.rows, table: planned.table, blocks: planned.blocks };
+            buffers.rows.push(rows);
+            if sequence.index == 0 {
+                if first_time {
+                    request.usage.cached_prompt_tokens = planned.cached_tokens as u32;
+                }
+                if request.params.prompt_logprobs.is_some() {
+                    // The row at position p scores the token at p + 1.
+                    let scorable = end.min(request.prompt_tokens - 1);
+                    for position in start.max(request.scored)..scorable {
+                        let row = (first_row + position - start) as u32;
+                        let score = Some(tokens[position + 1]);
+                        buffers.logits.push(LogitRow { row, planned: planned_index, score });
+                    }
+                    request.scored = request.scored.max(scorable);
+                }
+            }
+            if planned.samples {
+                let row = (first_row + planned.rows - 1) as u32;
+                buffers.logits.push(LogitRow { row, planned: planned_index, score: None });
+            }
+            self.totals.prompt_tokens += end.min(request.prompt_tokens).saturating_sub(start) as u64;
+        }
+    }
+
+    /// Head and sampler over up to `logit_rows_max` rows.
+    fn sample(&mut self, plan: &StepPlan, part: &[LogitRow], buffers: &mut Buffers) -> Result<(), ModelError> {
+        buffers.logit_rows.clear();
+        buffers.logit_rows.extend(part.iter().map(|wanted| wanted.row));
+        let mut segments = recycle(std::mem::take(&mut buffers.segments));
+        segments.extend(part.iter().enumerate().map(|(row, wanted)| LoraSegment {
+            row,
+            rows: 1,
+            adapter: adapter(&self.sequences, &self.requests, plan.sequences[wanted.planned].id),
+        }));
+        merge(&mut segments);
+        let lora = LoraRows { segments: &segments };
+        let logits = self.model.logits(&mut self.activations, &buffers.logit_rows, &lora)?;
+        let mut draws = recycle_draws(std::mem::take(&mut buffers.draws));
+        for wanted in part {
+            let id = plan.sequences[wanted.planned].id;
+            let sequence = &self.sequences[&id];
+            let request = &self.requests[&sequence.request];
+            draws.push(match wanted.score {
+                Some(token) => SampleRow::Score { token, top: request.params.prompt_logprobs.unwrap_or(0) as usize },
+                None => {
+                    let tokens = self.scheduler.tokens(id).expect("a planned sequence is known");
+                    let (prompt, generated) = tokens.split_at(request.prompt_tokens);
+                    let early = generated.len() < request.params.min_tokens as usize;
+                    SampleRow::Draw {
+                        params: &request.params,
+                        sample_index: sequence.index,
+                        prompt,
+                        generated,
+                        banned: if early { &request.stops } else { &[] },
+                        top: request.params.logprobs.unwrap_or(0) as usize,
+                    }
+                }
+            });
+        }
+        self.model.backend().sample(logits, &draws, &mut buffers.sampled)?;
+        buffers.draws = recycle_draws(draws);
+        buffers.segments = recycle(segments);
+        Ok(())
+    }
+
+    /// Tells the readers what was drawn and scored, and notes it for the scheduler.
+    fn deliver(&mut self, plan: &StepPlan, part: &[LogitRow], buffers: &mut Buffers) {
+        let mut scored: Option<(RequestKey, Vec<TokenOutput>)> = None;
+        for (wanted, sampled) in part.iter().zip(&buffers.sampled) {
+            let id = plan.sequences[wanted.planned].id;
+            // Gone: its reader fell behind while this very step delivered.
+            let Some(sequence) = self.sequences.get(&id) else { continue };
+            let (key, index) = (sequence.request, sequence.index);
+            let output = TokenOutput {
+                chosen: TokenLogprob { token: sampled.token, logprob: sampled.logprob },
+                top: sampled.top.clone(),
+            };
+            if wanted.score.is_some() {
+                match &mut scored {
+                    Some((of, outputs)) if *of == key => outputs.push(output),
+                    _ => {
+                        self.send_scored(scored.take());
+                        scored = Some((key, vec![output]));
+                    }
+                }
+                continue;
+            }
+            self.send_scored(scored.take());
+            let result = &mut buffers.results[wanted.planned];
+            result.token = Some(sampled.token);
+            result.finished = self.deliver_token(key, id, index, output);
+        }
+        self.send_scored(scored);
+    }
+
+    fn send_scored(&mut self, scored: Option<(RequestKey, Vec<TokenOutput>)>) {
+        if let Some((key, outputs)) = scored {
+            self.send(key, Event::PromptLogprobs(outputs));
+        }
+    }
+
+    /// Sends one drawn token; true when it is the sample's last.
+    fn deliver_token(&mut self, key: RequestKey, id: SequenceId, index: u32, output: TokenOutput) -> bool {
+        let token = output.chosen.token;
+        self.totals.generation_tokens += 1;
+        let generated = self.scheduler.tokens(id).map_or(0, <[Token]>::len) + 1;
+        let Some(request) = self.requests.get_mut(&key) else { return true };
+        request.usage.completion_tokens += 1;
+        let generated = generated - request.prompt_tokens;
+        let reason = if request.stops.contains(&token) {
+            Some(FinishReason::Stop)
+        } else if generated >= request.params.max_tokens as usize {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        self.send(key, Event::Token { index, output });
+        if let Some(reason) = reason {
+            self.finish(id, reason);
+        }
+        reason.is_some() || !self.sequences.contains_key(&id)
+    }
+
+    /// One sample is complete; with the last one the request is.
+    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
+        let Some(sequence) = self.sequences.remove(&id) else { return };
+        let Some(request) = self.requests.get_mut(&sequence.request) else { return };
+        request.open_samples -= 1;
+        let done = (request.open_samples == 0).then_some(Event::Done { usage: request.usage });
+        self.send(sequence.request, Event::Finished { index: sequence.index, reason });
+        if let Some(done) = done
+            && let Some(request) = self.requests.remove(&sequence.request)
+        {
+            let (events, control) = request.release();
+            if let Err(mpsc::error::TrySendError::Full(_)) = events.try_send(done) {
+                let _ = control.failure.set(EngineError::SlowReader { max: events.max_capacity() });
+            }
+        }
+    }
+
+    /// Sends an event; a reader that is gone or too far behind loses its request.
+    fn send(&mut self, key: RequestKey, event: Event) {
+        let Some(request) = self.requests.get(&key) else { return };
+        match request.events.try_send(event) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                let max = request.events.max_capacity();
+                let _ = request.control.failure.set(EngineError::SlowReader { max });
+                self.remove(key);
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => drop(self.remove(key)),
+        }
+    }
+
+    /// Ends a request with an error.
+    fn fail(&mut self, key: RequestKey, error: EngineError) {
+        if let Some((events, control)) = self.remove(key) {
+            fail_reader(&events, &control, error);
+        }
+    }
+
+    /// Forgets a request: its blocks, adapter and lease are free at once.
+    fn remove(&mut self, key: RequestKey) -> Option<(mpsc::Sender<Event>, Arc<Control>)> {
+        let request = self.requests.remove(&key)?;
+        for &id in &request.samples {
+            if self.sequences.remove(&id).is_some() {
+                self.scheduler.abort(id);
+            }
+        }
+        Some(request.release())
+    }
+
+    fn fail_everything(&mut self, error: &EngineError) {
+        for (_, request) in self.requests.drain() {
+            let (events, control) = request.release();
+            fail_reader(&events, &control, error.clone());
+        }
+        self.incoming.close();
+        while let Ok(command) = self.incoming.try_recv() {
+            if let Command::Submit(incoming) = command {
+                let Incoming { submit, adapter, events, control } = *incoming;
+                drop((submit, adapter));
+                fail_reader(&events, &control, error.clone());
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let stats = self.scheduler.stats();
+        let mut board = self.board.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        *board = EngineStats {
+            running: stats.running,
+            waiting: stats.waiting,
+            blocks_total: stats.blocks_total,
+            blocks_free: stats.blocks_free,
+            steps_total: self.totals.steps,
+            prompt_tokens_total: self.totals.prompt_tokens,
+            generation_tokens_total: self.totals.generation_tokens,
+            preemptions_total: stats.preemptions_total,
+            prefix_queries_total: stats.prefix_queries_total,
+            prefix_hits_total: stats.prefix_hits_total,
+            step_micros_total: self.totals.step_micros,
+            ..EngineStats::default()
+        };
+    }
+}
+
+/// The adapter of a live sequence. Not a method: activations and KV are borrowed for writing at the same time.
+fn adapter<'a, A>(
+    sequences: &HashMap<SequenceId, Sequence>,
+    requests: &'a HashMap<RequestKey, Request<A>>,
+    id: SequenceId,
+) -> Option<&'a A> {
+    requests[&sequences[&id].request].adapter.as_ref().map(|resident| &resident.adapter)
+}
+
+/// Tells a reader that its request has failed: in the channel, or where that is full, when it has read all that is there.
+fn fail_reader(events: &mpsc::Sender<Event>, control: &Control, error: EngineError) {
+    let _ = control.failure.set(error.clone());
+    let _ = events.try_send(Event::Failed(error));
+}
+
+fn refusal(error: SubmitError) -> EngineError {
+    match error {
+        SubmitError::QueueFull { waiting, max, retry_after_micros } => {
+            EngineError::QueueFull { waiting, max, retry_after: Duration::from_micros(retry_after_micros) }
+        }
+        SubmitError::Invalid(field) => EngineError::Invalid(field),
+        other => EngineError::Invalid(InvalidField::new("sampling.max_tokens", format!("cannot be served: {other}"))),
+    }
+}
+
+/// Joins neighbouring runs of the same adapter; empties the list when no row has one.
+fn merge<A>(segments: &mut Vec<LoraSegment<'_, A>>) {
+    if segments.iter().all(|segment| segment.adapter.is_none()) {
+        segments.clear();
+        return;
+    }
+    segments.dedup_by(|next, run| {
+        let same = match (next.adapter, run.adapter) {
+            (None, None) => true,
+            (Some(a), Some(b)) => std::ptr::eq(a, b),
+            _ => false,
+        };
+        if same {
+            run.rows += next.rows;
+        }
+        same
+    });
+}
+
+/// The same allocation for segments of another lifetime: collecting a drained vector in place keeps its capacity.
+fn recycle<'to, From, To>(mut segments: Vec<LoraSegment<'_, From>>) -> Vec<LoraSegment<'to, To>> {
+    segments.clear();
+    segments.into_iter().map(|_| unreachable!("the vector was cleared")).collect()
+}
+
+/// The same for the sampler's rows.
+fn recycle_draws<'to>(mut draws: Vec<SampleRow<'_>>) -> Vec<SampleRow<'to>> {
+    draws.clear();
+    draws.into_iter().map(|_| unreachable!("the vector was cleared")).collect()
+}
+
+#[cfg(test)]
+mod allocation_tests;

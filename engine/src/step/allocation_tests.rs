@@ -1,0 +1,159 @@
+//! A decode step allocates nothing: the step thread's own loop, driven by hand in one thread so that its allocations can be
+//! counted. The backend has one thread here, so that kernels are counted too.
+
+use std::path::Path;
+
+use openlora_adapters::{Actor, AdapterStore, StoreConfig};
+use openlora_kernels::Precision;
+use openlora_kernels::cpu::{Cpu, Isa};
+use openlora_model::{LoadOptions, ModelFiles};
+use openlora_scheduler::SchedulerConfig;
+use openlora_types::{Alias, Limits, Priority, TenantId};
+
+use super::*;
+use crate::{OutputStream, Submit};
+
+const BLOCK: usize = 16;
+/// Room for a prompt, the warm-up and what is measured.
+const MAX_TOKENS: u32 = 200;
+/// Enough for every buffer to have grown, the channels' included, which grow by 32 events.
+const WARM_UP: usize = 80;
+const MEASURED: usize = 50;
+
+struct Bench {
+    state: StepThread<Cpu>,
+    commands: mpsc::Sender<Command<<Cpu as Backend>::Adapter>>,
+    readers: Vec<OutputStream>,
+}
+
+impl Bench {
+    fn new(precision: Precision) -> Self {
+        let backend = Arc::new(Cpu::new(1, precision, Isa::detect()).expect("no thread to start"));
+        let limits = Limits::default();
+        let files = ModelFiles::open(&fixture("models/llama3"), &limits).expect("the fixture opens");
+        let options = LoadOptions { max_rows: 64, max_logit_rows: 16, max_position: 256, block_size: BLOCK };
+        let model = Model::load(Arc::clone(&backend), Arc::new(files), &options, &mut |_, _| ()).expect("it loads");
+        let config = SchedulerConfig {
+            block_size: BLOCK,
+            num_blocks: 200,
+            max_num_seqs: 16,
+            max_num_batched_tokens: options.max_rows,
+            ..SchedulerConfig::default()
+        };
+        let kv = backend.new_kv(model.attention_spec(), model.layers(), config.num_blocks).expect("memory");
+        let (commands, incoming) = mpsc::channel(16);
+        let board = Arc::new(Board { stats: Default::default(), stopping: Default::default() });
+        let state = StepThread::new(Arc::new(model), Scheduler::new(config), kv, incoming, board).expect("memory");
+        Self { state, commands, readers: Vec::new() }
+    }
+
+    fn submit(&mut self, params: SamplingParams, adapter: Option<&(Lease, Arc<Resident<<Cpu as Backend>::Adapter>>)>) {
+        let prompt = (3..12 + self.readers.len() as Token).collect();
+        let (sender, events) = mpsc::channel(64);
+        let control = Arc::new(Control::default());
+        let submit = Submit {
+            tenant: TenantId("tests".into()),
+            lease: adapter.map(|(lease, _)| lease.clone()),
+            prompt,
+            sampling: SamplingParams { max_tokens: MAX_TOKENS, ignore_eos: true, ..params },
+            priority: Priority::Normal,
+            deadline: None,
+            cache_salt: String::new(),
+        };
+        let adapter = adapter.map(|(_, resident)| Arc::clone(resident));
+        let incoming = Incoming { submit, adapter, events: sender, control: Arc::clone(&control) };
+        assert!(self.commands.try_send(Command::Submit(Box::new(incoming))).is_ok(), "there is room");
+        self.readers.push(OutputStream { events, control, complete: false });
+    }
+
+    /// One turn of [`StepThread::run`], and its readers. Returns the tokens read.
+    fn turn(&mut self) -> usize {
+        assert!(self.state.receive());
+        self.state.reap();
+        assert!(self.state.step().expect("the step succeeds"), "there is work");
+        self.state.publish();
+        let mut tokens = 0;
+        for reader in &mut self.readers {
+            while let Some(event) = reader.try_next() {
+                assert!(matches!(event, Event::Token { .. }), "{event:?}");
+                tokens += 1;
+            }
+        }
+        tokens
+    }
+
+    fn adapter(&self, name: &str) -> (Lease, Arc<Resident<<Cpu as Backend>::Adapter>>) {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let root = fixture("adapters-tiny/llama3");
+        let config = StoreConfig {
+            data_dir: folder.path().to_owned(),
+            allowed_roots: vec![root.clone()],
+            host_cache_bytes: 1 << 30,
+        };
+        let limits = Limits::default();
+        let alias = Alias::parse("alias", name, &limits).expect("a plain name");
+        let store = AdapterStore::open(config, self.state.model.shape().clone(), limits).expect("a fresh store opens");
+        let actor = Actor { name: "tests".into(), admin: true };
+        store.register_folder(&alias, &root.join(name), &actor, false).expect("the fixture is valid");
+        let lease = store.resolve(name).expect("it was just registered");
+        let load = || Ok((self.state.model.load_adapter(lease.weights()).expect("it fits"), 1));
+        let resident =
+            crate::residency::Residency::new(1).get_or_load(lease.generation(), load).expect("there is room");
+        (lease, resident)
+    }
+}
+
+fn fixture(path: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(path)
+}
+
+/// Base and two adapters of different ranks and sites; greedy, drawn with every cut, with penalties, bias and bans.
+fn submit_all(bench: &mut Bench) {
+    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let drawn = SamplingParams { top_k: 40, top_p: 0.9, min_p: 0.01, seed: 7, n: 2, ..SamplingParams::default() };
+    let penalised = SamplingParams {
+        repetition_penalty: 1.1,
+        presence_penalty: 0.3,
+        frequency_penalty: 0.2,
+        logit_bias: vec![(5, 1.0), (9, -2.0)],
+        stop_tokens: vec![200],
+        min_tokens: MAX_TOKENS,
+        ..SamplingParams::default()
+    };
+    let adapters = [bench.adapter("all-linear"), bench.adapter("embed-head")];
+    for adapter in [None, Some(&adapters[0]), Some(&adapters[1])] {
+        for params in [&greedy, &drawn, &penalised] {
+            bench.submit(params.clone(), adapter);
+        }
+    }
+}
+
+fn check(precision: Precision) {
+    let mut bench = Bench::new(precision);
+    submit_all(&mut bench);
+    for _ in 0..WARM_UP {
+        bench.turn();
+    }
+    let before = bench.state.scheduler.stats();
+    let mut tokens = 0;
+    let counted = allocation_counter::measure(|| {
+        for _ in 0..MEASURED {
+            tokens += bench.turn();
+        }
+    });
+    // Nine requests, three of which draw two samples.
+    assert_eq!(tokens, MEASURED * 12);
+    let after = bench.state.scheduler.stats();
+    assert!(after.blocks_free < before.blocks_free, "no sequence grew into a new block");
+    assert_eq!(counted.count_total, 0, "{} bytes allocated in {MEASURED} steps", counted.bytes_total);
+}
+
+#[test]
+fn decode_steps_allocate_nothing_in_f32() {
+    check(Precision::F32);
+}
+
+#[test]
+fn decode_steps_allocate_nothing_when_quantised() {
+    check(Precision::Quantised);
+}

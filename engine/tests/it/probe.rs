@@ -1,0 +1,300 @@
+//! The CPU backend with a gate before each step and faults on demand.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use openlora_kernels::cpu::Cpu;
+use openlora_kernels::{
+    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, SampleRow, SampledRow, StepRows,
+    TensorSource,
+};
+use openlora_types::{AdapterWeights, Token};
+
+/// After this long something hangs that should not; nothing is expected to take a noticeable part of it.
+pub(crate) const HANG: Duration = Duration::from_secs(60);
+
+/// A [`Cpu`] that asks its [`Controls`] first.
+pub(crate) struct Probe {
+    pub(crate) cpu: Cpu,
+    pub(crate) controls: Arc<Controls>,
+}
+
+/// Where a fault strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// The first operation of a step.
+    Embed,
+    /// In the middle of it.
+    Attention,
+    /// The last.
+    Sample,
+    /// On a submitting thread.
+    LoadAdapter,
+}
+
+/// How it strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Panic,
+    OutOfMemory,
+    DeviceLost,
+}
+
+/// What the tests hold, count and break.
+#[derive(Default)]
+pub(crate) struct Controls {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Steps that have come to the gate.
+    begun: u64,
+    /// Steps that may pass it; `None` lets all pass.
+    allowed: Option<u64>,
+    loads_begun: u64,
+    loads_held: bool,
+    fault: Option<(Operation, Fault)>,
+    /// The most runs of rows with the same adapter, and the most sequences, that a step had.
+    segments_max: usize,
+    sequences_max: usize,
+}
+
+impl Controls {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_until(&self, what: &str, reached: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
+        let state = self.lock();
+        let waited = self.changed.wait_timeout_while(state, HANG, |state| !reached(state));
+        let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        assert!(!timeout.timed_out(), "{what} did not come");
+        state
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    /// Holds the next step at its beginning, and all after it.
+    pub(crate) fn close(&self) {
+        self.change(|state| state.allowed = Some(state.begun));
+    }
+
+    /// Lets `steps` more steps pass a closed gate.
+    pub(crate) fn allow(&self, steps: u64) {
+        self.change(|state| *state.allowed.as_mut().expect("the gate is closed") += steps);
+    }
+
+    /// Lets all steps pass.
+    pub(crate) fn open(&self) {
+        self.change(|state| state.allowed = None);
+    }
+
+    /// Waits until step `step`, counted from 1, has come to the gate: it is planned, and everything before it is done.
+    pub(crate) fn wait_for_step(&self, step: u64) {
+        drop(self.wait_until("the step", |state| state.begun >= step));
+    }
+
+    /// Lets one step pass and waits for the next one to come; returns its number.
+    pub(crate) fn advance(&self) -> u64 {
+        let next = self.lock().begun + 1;
+        self.allow(1);
+        self.wait_for_step(next);
+        next
+    }
+
+    /// Steps that have come to the gate.
+    pub(crate) fn steps(&self) -> u64 {
+        self.lock().begun
+    }
+
+    /// Holds loads of adapters, or lets them go on.
+    pub(crate) fn hold_loads(&self, held: bool) {
+        self.change(|state| state.loads_held = held);
+    }
+
+    /// Waits until so many loads have begun.
+    pub(crate) fn wait_for_loads(&self, loads: u64) {
+        drop(self.wait_until("the load", |state| state.loads_begun >= loads));
+    }
+
+    /// Lets the next call of `operation` fail.
+    pub(crate) fn break_next(&self, operation: Operation, fault: Fault) {
+        self.change(|state| state.fault = Some((operation, fault)));
+    }
+
+    /// The most runs of rows with the same adapter, and the most sequences, that any step had so far.
+    pub(crate) fn widest_step(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.segments_max, state.sequences_max)
+    }
+
+    fn enter_step(&self, segments: usize) {
+        self.change(|state| {
+            state.begun += 1;
+            state.segments_max = state.segments_max.max(segments);
+        });
+        drop(self.wait_until("the gate's opening", |state| state.allowed.is_none_or(|allowed| state.begun <= allowed)));
+    }
+
+    fn enter_load(&self) {
+        self.change(|state| state.loads_begun += 1);
+        drop(self.wait_until("the load's turn", |state| !state.loads_held));
+    }
+
+    fn strike(&self, operation: Operation) -> Result<(), KernelError> {
+        let mut state = self.lock();
+        let Some((_, fault)) = state.fault.take_if(|(at, _)| *at == operation) else { return Ok(()) };
+        drop(state);
+        match fault {
+            Fault::Panic => panic!("injected panic"),
+            Fault::OutOfMemory => Err(KernelError::OutOfMemory { what: "injected", bytes: 1 << 40 }),
+            Fault::DeviceLost => Err(KernelError::ThreadPanicked("injected loss".into())),
+        }
+    }
+}
+
+fn for_cpu<'a>(layer: LayerAttention<'a, Probe>) -> LayerAttention<'a, Cpu> {
+    LayerAttention { layer: layer.layer, window: layer.window, rope: layer.rope, qk_norm: layer.qk_norm }
+}
+
+impl Backend for Probe {
+    type Linear = <Cpu as Backend>::Linear;
+    type Embedding = <Cpu as Backend>::Embedding;
+    type Vector = <Cpu as Backend>::Vector;
+    type Adapter = <Cpu as Backend>::Adapter;
+    type Kv = <Cpu as Backend>::Kv;
+    type Tensor = <Cpu as Backend>::Tensor;
+
+    fn describe(&self) -> String {
+        self.cpu.describe()
+    }
+
+    fn load_linear(&self, spec: &LinearSpec<'_>) -> Result<Self::Linear, KernelError> {
+        self.cpu.load_linear(spec)
+    }
+
+    fn load_embedding(
+        &self,
+        source: &TensorSource<'_>,
+        owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        offset: usize,
+    ) -> Result<Self::Embedding, KernelError> {
+        self.cpu.load_embedding(source, owner, offset)
+    }
+
+    fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError> {
+        self.cpu.load_vector(values)
+    }
+
+    fn load_adapter(
+        &self,
+        weights: &AdapterWeights,
+        output_scales: &[Option<Vec<f32>>],
+        layers: usize,
+    ) -> Result<Self::Adapter, KernelError> {
+        self.controls.enter_load();
+        self.controls.strike(Operation::LoadAdapter)?;
+        self.cpu.load_adapter(weights, output_scales, layers)
+    }
+
+    fn adapter_bytes(&self, adapter: &Self::Adapter) -> usize {
+        self.cpu.adapter_bytes(adapter)
+    }
+
+    fn new_kv(&self, spec: &AttentionSpec, layers: usize, blocks: usize) -> Result<Self::Kv, KernelError> {
+        self.cpu.new_kv(spec, layers, blocks)
+    }
+
+    fn kv_block_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize {
+        self.cpu.kv_block_bytes(spec, layers)
+    }
+
+    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError> {
+        self.cpu.new_tensor(rows_max, width)
+    }
+
+    fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32> {
+        self.cpu.read_tensor(tensor)
+    }
+
+    fn embed(
+        &self,
+        table: &Self::Embedding,
+        tokens: &[Token],
+        lora: &LoraRows<'_, Self::Adapter>,
+        out: &mut Self::Tensor,
+    ) -> Result<(), KernelError> {
+        self.controls.enter_step(lora.segments.len());
+        self.controls.strike(Operation::Embed)?;
+        self.cpu.embed(table, tokens, lora, out)
+    }
+
+    fn add_rms_norm(
+        &self,
+        residual: &mut Self::Tensor,
+        delta: Option<&Self::Tensor>,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<(), KernelError> {
+        self.cpu.add_rms_norm(residual, delta, weight, eps, out)
+    }
+
+    fn linear(
+        &self,
+        linear: &Self::Linear,
+        lora: &LoraRows<'_, Self::Adapter>,
+        x: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<(), KernelError> {
+        self.cpu.linear(linear, lora, x, out)
+    }
+
+    fn rope_and_store(
+        &self,
+        spec: &AttentionSpec,
+        step: &StepRows<'_>,
+        layer: LayerAttention<'_, Self>,
+        qkv: &mut Self::Tensor,
+        kv: &mut Self::Kv,
+    ) -> Result<(), KernelError> {
+        self.controls.change(|state| state.sequences_max = state.sequences_max.max(step.sequences.len()));
+        self.cpu.rope_and_store(spec, step, for_cpu(layer), qkv, kv)
+    }
+
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        step: &StepRows<'_>,
+        layer: LayerAttention<'_, Self>,
+        qkv: &Self::Tensor,
+        kv: &Self::Kv,
+        out: &mut Self::Tensor,
+    ) -> Result<(), KernelError> {
+        self.controls.strike(Operation::Attention)?;
+        self.cpu.attention(spec, step, for_cpu(layer), qkv, kv, out)
+    }
+
+    fn swiglu(&self, gate_up: &Self::Tensor, out: &mut Self::Tensor) -> Result<(), KernelError> {
+        self.cpu.swiglu(gate_up, out)
+    }
+
+    fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<(), KernelError> {
+        self.cpu.gather_rows(x, rows, out)
+    }
+
+    fn sample(
+        &self,
+        logits: &mut Self::Tensor,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<SampledRow>,
+    ) -> Result<(), KernelError> {
+        self.controls.strike(Operation::Sample)?;
+        self.cpu.sample(logits, rows, out)
+    }
+}

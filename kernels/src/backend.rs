@@ -1,0 +1,358 @@
+use openlora_types::{AdapterWeights, SamplingParams, Token, TokenLogprob};
+
+use crate::{BlockFormat, KernelError, LinearSpec, TensorSource};
+
+/// A device. Operations are coarse so that each backend can fuse what it likes, and all of them enqueue in order: results
+/// are visible once [`Backend::sample`] returns.
+///
+/// Tensors are row-major `[rows, width]` activations allocated once for the largest step; an operation sets the number
+/// of rows it wrote. Every operation keeps the crate's invariant that a row does not depend on its neighbours.
+pub trait Backend: Send + Sync + 'static {
+    /// A loaded (fused) weight matrix.
+    type Linear: Send + Sync;
+    /// A loaded embedding table.
+    type Embedding: Send + Sync;
+    /// A loaded vector, such as a norm's weight.
+    type Vector: Send + Sync;
+    /// One adapter generation, resident.
+    type Adapter: Send + Sync;
+    /// The KV cache of all layers.
+    type Kv: Send;
+    /// Activations.
+    type Tensor: Send;
+
+    /// A short name for logs and `doctor`, such as `cpu avx512-vnni, 2 threads`.
+    fn describe(&self) -> String;
+
+    /// Repacks a linear for this device.
+    ///
+    /// # Errors
+    /// A tensor whose bytes do not fit its shape, or memory.
+    fn load_linear(&self, spec: &LinearSpec<'_>) -> Result<Self::Linear, KernelError>;
+
+    /// Prepares an embedding table, `[vocab, hidden]`. `owner` keeps the mapped bytes alive.
+    ///
+    /// # Errors
+    /// A tensor whose bytes do not fit its shape, or memory.
+    fn load_embedding(
+        &self,
+        source: &TensorSource<'_>,
+        owner: std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>,
+        offset: usize,
+    ) -> Result<Self::Embedding, KernelError>;
+
+    /// Copies a vector to the device.
+    ///
+    /// # Errors
+    /// Memory.
+    fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
+
+    /// Makes an adapter resident. `output_scales[i]` is, for a DoRA site `weights.sites[i]`, the `[outputs]` factor
+    /// `m / ||W + scale * B A||`; `None` elsewhere. `layers` is the base model's number of layers.
+    ///
+    /// # Errors
+    /// Numbers out of the device format's range, or memory.
+    fn load_adapter(
+        &self,
+        weights: &AdapterWeights,
+        output_scales: &[Option<Vec<f32>>],
+        layers: usize,
+    ) -> Result<Self::Adapter, KernelError>;
+
+    /// Bytes an adapter holds on the device.
+    fn adapter_bytes(&self, adapter: &Self::Adapter) -> usize;
+
+    /// Allocates the KV cache: `layers` x `blocks` blocks of `spec.block_size` tokens.
+    ///
+    /// # Errors
+    /// Memory.
+    fn new_kv(&self, spec: &AttentionSpec, layers: usize, blocks: usize) -> Result<Self::Kv, KernelError>;
+
+    /// Bytes of one KV block over all layers.
+    fn kv_block_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize;
+
+    /// Allocates activations.
+    ///
+    /// # Errors
+    /// Memory.
+    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError>;
+
+    /// The rows of a tensor, copied to the host as f32: for tests and logits inspection, not for the step.
+    fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32>;
+
+    /// `out[i] = table[tokens[i]] (+ scale * B A[:, tokens[i]])`, `out: [tokens, hidden]`.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn embed(
+        &self,
+        table: &Self::Embedding,
+        tokens: &[Token],
+        lora: &LoraRows<'_, Self::Adapter>,
+        out: &mut Self::Tensor,
+    ) -> Result<(), KernelError>;
+
+    /// `residual += delta` where given, then `out = residual / sqrt(mean(residual^2) + eps) * weight` (RMSNorm, Zhang and
+    /// Sennrich 2019, equation 4). All `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn add_rms_norm(
+        &self,
+        residual: &mut Self::Tensor,
+        delta: Option<&Self::Tensor>,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<(), KernelError>;
+
+    /// `out = x W^T + bias`, and per site and segment of `lora` what [`openlora_types::SiteWeights`] defines. `x: [rows,
+    /// inputs]`, `out: [rows, outputs]`.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn linear(
+        &self,
+        linear: &Self::Linear,
+        lora: &LoraRows<'_, Self::Adapter>,
+        x: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<(), KernelError>;
+
+    /// On `qkv: [rows, (heads + 2 kv_heads) head_dim]`: RMSNorm of each q and k head where `qk_norm` is given (Qwen3), rotary
+    /// embedding of q and k (half-split pairs, as in Hugging Face), then k and v into the cache.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn rope_and_store(
+        &self,
+        spec: &AttentionSpec,
+        step: &StepRows<'_>,
+        layer: LayerAttention<'_, Self>,
+        qkv: &mut Self::Tensor,
+        kv: &mut Self::Kv,
+    ) -> Result<(), KernelError>;
+
+    /// Causal attention of each row over its sequence's cache, `layer`'s window applied. `out: [rows, heads head_dim]`.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        step: &StepRows<'_>,
+        layer: LayerAttention<'_, Self>,
+        qkv: &Self::Tensor,
+        kv: &Self::Kv,
+        out: &mut Self::Tensor,
+    ) -> Result<(), KernelError>;
+
+    /// `out = silu(gate) * up` of `gate_up: [rows, 2 intermediate]` (SwiGLU, Shazeer 2020).
+    ///
+    /// # Errors
+    /// A device failure.
+    fn swiglu(&self, gate_up: &Self::Tensor, out: &mut Self::Tensor) -> Result<(), KernelError>;
+
+    /// `out[i] = x[rows[i]]`.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn gather_rows(&self, x: &Self::Tensor, rows: &[u32], out: &mut Self::Tensor) -> Result<(), KernelError>;
+
+    /// One result per row of `logits: [rows, vocab]`, which it may overwrite. `out` is cleared and filled; its buffers are
+    /// reused.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn sample(
+        &self,
+        logits: &mut Self::Tensor,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<SampledRow>,
+    ) -> Result<(), KernelError>;
+}
+
+/// Attention's sizes, the same for all layers of a model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements of one head, even.
+    pub head_dim: usize,
+    /// Tokens of one KV block.
+    pub block_size: usize,
+    /// Multiplies q · k, usually 1 / sqrt(head_dim).
+    pub scale: f32,
+    /// Epsilon of the q/k norms.
+    pub norm_eps: f32,
+}
+
+/// What differs between layers.
+pub struct LayerAttention<'a, B: Backend + ?Sized> {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Tokens a row sees, itself included; `None` sees all before it.
+    pub window: Option<usize>,
+    /// Rotary frequencies.
+    pub rope: &'a RopeTable,
+    /// Weights of the q and k head norms, `[head_dim]` each.
+    pub qk_norm: Option<(&'a B::Vector, &'a B::Vector)>,
+}
+
+impl<B: Backend + ?Sized> Clone for LayerAttention<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend + ?Sized> Copy for LayerAttention<'_, B> {}
+
+/// cos and sin of every position, scaling (llama3, yarn) included.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTable {
+    /// Rotated elements of a head, at most `head_dim`, even; the rest pass through.
+    pub rotary_dim: usize,
+    /// `[positions, rotary_dim / 2]`.
+    pub cos: Vec<f32>,
+    /// `[positions, rotary_dim / 2]`.
+    pub sin: Vec<f32>,
+}
+
+/// The rows of one step. Rows of a sequence are neighbours, in order of position; sequences of one adapter are neighbours.
+#[derive(Clone, Copy, Debug)]
+pub struct StepRows<'a> {
+    /// Token of each row.
+    pub tokens: &'a [Token],
+    /// Position of each row in its sequence, from 0.
+    pub positions: &'a [u32],
+    /// The sequences, covering all rows in order.
+    pub sequences: &'a [SequenceRows],
+    /// All block tables, one after the other: KV block numbers.
+    pub block_tables: &'a [u32],
+}
+
+/// One sequence's part of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SequenceRows {
+    /// First row.
+    pub row: usize,
+    /// Rows, at least 1.
+    pub rows: usize,
+    /// First entry in `block_tables`.
+    pub table: usize,
+    /// Entries there: enough blocks for the last row's position.
+    pub blocks: usize,
+}
+
+/// Which adapter each row uses, as runs (Punica's segments).
+pub struct LoraRows<'a, A> {
+    /// Runs covering all rows in order. Empty when no row has an adapter.
+    pub segments: &'a [LoraSegment<'a, A>],
+}
+
+/// A run of rows with the same adapter.
+pub struct LoraSegment<'a, A> {
+    /// First row.
+    pub row: usize,
+    /// Rows, at least 1.
+    pub rows: usize,
+    /// The adapter, or `None` for the base model alone.
+    pub adapter: Option<&'a A>,
+}
+
+impl<A> Clone for LoraRows<'_, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<A> Copy for LoraRows<'_, A> {}
+impl<A> Clone for LoraSegment<'_, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<A> Copy for LoraSegment<'_, A> {}
+
+/// What to do with one row of logits.
+#[derive(Clone, Copy, Debug)]
+pub enum SampleRow<'a> {
+    /// Draw the next token.
+    Draw {
+        /// The request's parameters.
+        params: &'a SamplingParams,
+        /// Which of the request's `n` samples this is: part of the random key.
+        sample_index: u32,
+        /// Prompt tokens.
+        prompt: &'a [Token],
+        /// Tokens generated so far; their number is the draw's position.
+        generated: &'a [Token],
+        /// Tokens that must not be drawn now (end-of-sequence and stop tokens before `min_tokens`).
+        banned: &'a [Token],
+        /// Alternatives to report.
+        top: usize,
+    },
+    /// Report the log-probability of a given token.
+    Score {
+        /// The token.
+        token: Token,
+        /// Alternatives to report.
+        top: usize,
+    },
+}
+
+/// One row's result.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SampledRow {
+    /// The token drawn or scored.
+    pub token: Token,
+    /// Its log-probability under the raw logits (no penalty, temperature or truncation).
+    pub logprob: f32,
+    /// The most probable tokens under the raw logits, best first, ties by lower token.
+    pub top: Vec<TokenLogprob>,
+}
+
+impl BlockFormat {
+    /// Elements of one block.
+    #[must_use]
+    pub fn block_elements(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
+            Self::Q4K | Self::Q6K => 256,
+        }
+    }
+
+    /// Bytes of one block.
+    #[must_use]
+    pub fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Q8_0 => 34,
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
+            Self::Q4K => 144,
+            Self::Q6K => 210,
+        }
+    }
+
+    /// Name in files and messages.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
+            Self::Q4K => "Q4_K",
+            Self::Q6K => "Q6_K",
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! Causal attention over the paged KV cache.
+//!
+//! The query heads that share a key-value head, for several rows of a sequence, form a [`tile`] of up to [`TILE_ROWS`]
+//! queries: all of them use a panel of 16 keys while it is in the first-level cache. Keys are visited in the order of their
+//! *slots*: slot `s` is lane `s % 16` of the sequence's panel `s / 16` ([`super::kv`]). Eight panels are scored together, then
+//! the softmax is carried on online (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm 1), then the
+//! values are added up.
+//!
+//! **What keeps a row's bits the same in every batch.** A score is one chain of multiply-adds over the head's elements.
+//! Groups of eight panels and spans of [`SPAN`] slots lie at fixed positions of the sequence. Within a span a row's
+//! running maximum, sum and values are updated group by group in order; spans start afresh and are joined in order, even
+//! when one thread does them all, so that several threads can share the spans of one long sequence. A key that a row may
+//! not see is not multiplied by zero: it is not touched at all. How many queries share a tile changes only which chains
+//! are computed side by side.
+
+mod tile;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::kv::{CpuKv, KvLayout, KvNumbers, KvStore};
+use super::pool::Disjoint;
+use super::vector_math::{Chunk, Element, Kernel, LANES, Simd, dispatch};
+use super::{Cpu, CpuTensor, Isa, Pool};
+use crate::{AttentionSpec, LayerAttention, SequenceRows, StepRows};
+use tile::{GROUP_SLOTS, Panels, Running, TILE_PANELS, TILE_ROWS, Tile};
+
+/// Slots after which the online softmax starts afresh.
+const SPAN: usize = 8 * GROUP_SLOTS;
+/// A step with fewer tiles than this for each thread shares out the spans instead.
+const TILES_PER_THREAD_MIN: usize = 3;
+/// Spans shared out in one step at most; bounds the memory for their parts.
+const SHARED_SPANS_MAX: usize = 512;
+
+/// What is attended to.
+#[derive(Clone, Copy)]
+pub struct Attend<'a> {
+    /// The model's sizes.
+    pub spec: &'a AttentionSpec,
+    /// The rows.
+    pub step: &'a StepRows<'a>,
+    /// The layer.
+    pub layer: LayerAttention<'a, Cpu>,
+}
+
+/// Buffers that are kept from step to step.
+#[derive(Debug, Default)]
+pub struct AttentionScratch {
+    items: Vec<Item>,
+    workers: Vec<Worker>,
+    /// One for each shared span.
+    parts: Vec<Running>,
+    shared: Vec<SharedSpan>,
+}
+
+/// A tile: `rows` queries from `first` on, counted over the sequence's rows times the heads of a group.
+#[derive(Clone, Copy, Debug)]
+struct Item {
+    sequence: SequenceRows,
+    kv_head: usize,
+    first: usize,
+    rows: usize,
+    /// Slots that at least one of the rows sees.
+    slots: (usize, usize),
+}
+
+impl Item {
+    /// Numbers of the spans that hold its slots.
+    fn spans(&self) -> Range<usize> {
+        self.slots.0 / SPAN..self.slots.1.div_ceil(SPAN)
+    }
+}
+
+/// One span of a tile, when spans are shared out.
+#[derive(Clone, Copy, Debug)]
+struct SharedSpan {
+    item: usize,
+    span: usize,
+}
+
+/// One thread's buffers.
+#[derive(Debug, Default)]
+struct Worker {
+    tile: Tile,
+    total: Running,
+    part: Running,
+}
+
+/// [`crate::Backend::attention`].
+///
+/// # Panics
+/// When the step does not fit the model's sizes or the cache: widths, heads that groups do not divide, a short block table.
+pub fn attention(
+    pool: &Pool,
+    isa: Isa,
+    attend: Attend<'_>,
+    qkv: &CpuTensor,
+    kv: &CpuKv,
+    out: &mut CpuTensor,
+    scratch: &mut AttentionScratch,
+) {
+    let AttentionSpec { heads, kv_heads, head_dim, .. } = *attend.spec;
+    assert!(heads.is_multiple_of(kv_heads), "{heads} query heads over {kv_heads} key-value heads");
+    assert_eq!(qkv.width(), (heads + 2 * kv_heads) * head_dim, "q, k and v beside each other");
+    assert_eq!(out.width(), heads * head_dim, "one output for each query head");
+    assert_eq!(attend.step.positions.len(), qkv.rows(), "one position for each row");
+    out.set_rows(qkv.rows());
+    match &kv.store {
+        KvStore::F16(numbers) => Call::new(attend, qkv, (kv.layout, numbers), out).run(pool, isa, scratch),
+        KvStore::F32(numbers) => Call::new(attend, qkv, (kv.layout, numbers), out).run(pool, isa, scratch),
+    }
+}
+
+/// One call of [`attention`].
+struct Call<'a, T: Element> {
+    attend: Attend<'a>,
+    /// Query heads for each key-value head.
+    group: usize,
+    layout: KvLayout,
+    qkv: &'a [f32],
+    keys: &'a [Chunk<T>],
+    values: &'a [Chunk<T>],
+    out: Disjoint<'a, f32>,
+}
+
+impl<'a, T: Element> Call<'a, T> {
+    fn new(
+        attend: Attend<'a>,
+        qkv: &'a CpuTensor,
+        (layout, numbers): (KvLayout, &'a KvNumbers<T>),
+        out: &'a mut CpuTensor,
+    ) -> Self {
+        Self {
+            attend,
+            group: attend.spec.heads / attend.spec.kv_heads,
+            layout,
+            qkv: qkv.values(),
+            keys: numbers.keys.as_chunks().0,
+            values: numbers.values.as_chunks().0,
+            out: Disjoint::new(out.values_mut()),
+        }
+    }
+
+    fn run(&self, pool: &Pool, isa: Isa, scratch: &mut AttentionScratch) {
+        scratch.items.clear();
+        for sequence in self.attend.step.sequences {
+            self.add_tiles(*sequence, &mut scratch.items);
+        }
+        scratch.workers.resize_with(pool.threads(), Worker::default);
+        for worker in &mut scratch.workers {
+            worker.tile.reserve(self.layout.head_dim);
+            worker.total.reserve(self.layout.value_row());
+            worker.part.reserve(self.layout.value_row());
+        }
+        let spans: usize = scratch.items.iter().map(|item| item.spans().len()).sum();
+        let few = scratch.items.len() < TILES_PER_THREAD_MIN * pool.threads();
+        if pool.threads() > 1 && few && spans > scratch.items.len() && spans <= SHARED_SPANS_MAX {
+            self.run_spans(pool, isa, scratch);
+        } else {
+            self.run_tiles(pool, isa, scratch);
+        }
+    }
+
+    /// Appends the tiles of one sequence. The last rows see the most, so they come first: threads that finish early find
+    /// small tiles left.
+    fn add_tiles(&self, sequence: SequenceRows, items: &mut Vec<Item>) {
+        let queries = sequence.rows * self.group;
+        for tile in (0..queries.div_ceil(TILE_ROWS)).rev() {
+            let first = tile * TILE_ROWS;
+            let rows = TILE_ROWS.min(queries - first);
+            let (oldest, _) = self.visible(sequence.row + first / self.group);
+            let (_, newest) = self.visible(sequence.row + (first + rows - 1) / self.group);
+            let kv_heads = 0..self.attend.spec.kv_heads;
+            items.extend(kv_heads.map(|kv_head| Item { sequence, kv_head, first, rows, slots: (oldest, newest) }));
+        }
+    }
+
+    /// The slots that a row of the step sees: from the first on, to before the second.
+    #[inline(always)]
+    fn visible(&self, row: usize) -> (usize, usize) {
+        let position = self.attend.step.positions[row] as usize;
+        let oldest = self.attend.layer.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        (self.slot(oldest), self.slot(position) + 1)
+    }
+
+    #[inline(always)]
+    fn slot(&self, position: usize) -> usize {
+        let size = self.layout.block_size;
+        position / size * self.layout.block_panels() * LANES + position % size
+    }
+
+    fn run_tiles(&self, pool: &Pool, isa: Isa, scratch: &mut AttentionScratch) {
+        let workers = Disjoint::new(&mut scratch.workers);
+        let next = AtomicUsize::new(0);
+        pool.run(&|worker| {
+            // SAFETY: each worker takes its own buffers.
+            let worker = unsafe { &mut workers.slice(worker..worker + 1)[0] };
+            dispatch(isa, Tiles { call: self, items: &scratch.items, next: &next, worker });
+        });
+    }
+
+    /// Few tiles with many keys: threads share the spans, then the caller joins them. The same numbers as [`Self::run_tiles`].
+    fn run_spans(&self, pool: &Pool, isa: Isa, scratch: &mut AttentionScratch) {
+        let AttentionScratch { items, workers, parts, shared } = scratch;
+        shared.clear();
+        for (item, spans) in items.iter().map(Item::spans).enumerate() {
+            shared.extend(spans.map(|span| SharedSpan { item, span }));
+        }
+        if parts.len() < shared.len() {
+            parts.resize_with(shared.len(), Running::default);
+        }
+        parts.iter_mut().for_each(|part| part.reserve(self.layout.value_row()));
+        {
+            let (workers, parts) = (Disjoint::new(workers), Disjoint::new(parts));
+            let next = AtomicUsize::new(0);
+            pool.run(&|worker| {
+                // SAFETY: each worker takes its own buffers.
+                let worker = unsafe { &mut workers.slice(worker..worker + 1)[0] };
+                dispatch(isa, Spans { call: self, items, shared, next: &next, parts: &parts, worker });
+            });
+        }
+        dispatch(isa, Join { call: self, items, parts });
+    }
+
+    /// The panels of one group of [`TILE_PANELS`], as far as slots before `end` reach.
+    #[inline(always)]
+    fn panels(&self, item: &Item, group: usize, end: usize) -> Panels<'a, T> {
+        let table = &self.attend.step.block_tables[item.sequence.table..][..item.sequence.blocks];
+        let block_panels = self.layout.block_panels();
+        let (key_panel, value_panel) = (self.layout.head_dim, self.layout.value_row());
+        let mut panels = Panels::default();
+        for i in 0..TILE_PANELS.min((end - group * GROUP_SLOTS).div_ceil(LANES)) {
+            let panel = group * TILE_PANELS + i;
+            let (block, part) = (panel / block_panels, panel % block_panels);
+            let place = self.layout.first_panel(self.attend.layer.layer, table[block], item.kv_head) + part;
+            panels.keys[i] = &self.keys[place * key_panel..][..key_panel];
+            panels.values[i] = &self.values[place * value_panel..][..value_panel];
+            panels.tokens[i] = (self.layout.block_size - part * LANES).min(LANES);
+        }
+        panels
+    }
+
+    /// Brings the tile's queries and what they see into `tile`.
+    #[inline(always)]
+    fn load<S: Simd>(&self, item: &Item, tile: &mut Tile) {
+        let AttentionSpec { heads, kv_heads, head_dim, scale, .. } = *self.attend.spec;
+        tile.start::<S>(item.rows, head_dim);
+        for query in 0..item.rows {
+            let (row, member) = ((item.first + query) / self.group, (item.first + query) % self.group);
+            let row = item.sequence.row + row;
+            let head = item.kv_head * self.group + member;
+            let start = row * (heads + 2 * kv_heads) * head_dim + head * head_dim;
+            tile.set_query(query, &self.qkv[start..start + head_dim], scale, self.visible(row));
+        }
+    }
+
+    /// Attends to one span's slots; `running` starts afresh.
+    #[inline(always)]
+    fn span<S: Simd>(&self, simd: S, item: &Item, span: usize, tile: &mut Tile, running: &mut Running) {
+        running.start(item.rows);
+        let (first, end) = (item.slots.0.max(span * SPAN), item.slots.1.min((span + 1) * SPAN));
+        let (group, last) = (first / GROUP_SLOTS, (end - 1) / GROUP_SLOTS);
+        let mut panels = self.panels(item, group, end);
+        for group in group..last {
+            let next = self.panels(item, group + 1, end);
+            // Blocks are scattered in memory and too short for the hardware to see a stream.
+            next.prefetch(simd);
+            tile.attend(simd, &panels, group * GROUP_SLOTS, running);
+            panels = next;
+        }
+        tile.attend(simd, &panels, last * GROUP_SLOTS, running);
+    }
+
+    /// Divides by the sum of the weights and writes the rows out.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, item: &Item, running: &Running) {
+        let AttentionSpec { heads, head_dim, .. } = *self.attend.spec;
+        for query in 0..item.rows {
+            let (row, member) = ((item.first + query) / self.group, (item.first + query) % self.group);
+            let start = ((item.sequence.row + row) * heads + item.kv_head * self.group + member) * head_dim;
+            // SAFETY: one head of one row, which belongs to this tile alone; each tile is finished by one thread.
+            let out = unsafe { self.out.slice(start..start + head_dim) };
+            running.write(simd, query, out);
+        }
+    }
+}
+
+/// A worker's share of the tiles: whichever is next.
+struct Tiles<'a, 'b, T: Element> {
+    call: &'a Call<'b, T>,
+    items: &'a [Item],
+    next: &'a AtomicUsize,
+    worker: &'a mut Worker,
+}
+
+impl<T: Element> Kernel for Tiles<'_, '_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Worker { tile, total, part } = self.worker;
+        while let Some(item) = self.items.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            self.call.load::<S>(item, tile);
+            for span in item.spans() {
+                if span == item.spans().start {
+                    self.call.span(simd, item, span, tile, total);
+                } else {
+                    self.call.span(simd, item, span, tile, part);
+                    total.join(simd, part);
+                }
+            }
+            self.call.finish(simd, item, total);
+        }
+    }
+}
+
+/// A worker's share of the spans: whichever is next.
+struct Spans<'a, 'b, T: Element> {
+    call: &'a Call<'b, T>,
+    items: &'a [Item],
+    shared: &'a [SharedSpan],
+    next: &'a AtomicUsize,
+    parts: &'a Disjoint<'a, Running>,
+    worker: &'a mut Worker,
+}
+
+impl<T: Element> Kernel for Spans<'_, '_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(shared) = self.shared.get(i) else { return };
+            let item = &self.items[shared.item];
+            self.call.load::<S>(item, &mut self.worker.tile);
+            // SAFETY: the counter gives every span to one worker alone.
+            let part = unsafe { &mut self.parts.slice(i..i + 1)[0] };
+            self.call.span(simd, item, shared.span, &mut self.worker.tile, part);
+        }
+    }
+}
+
+/// Joins the spans of every tile in order.
+struct Join<'a, 'b, T: Element> {
+    call: &'a Call<'b, T>,
+    items: &'a [Item],
+    parts: &'a mut [Running],
+}
+
+impl<T: Element> Kernel for Join<'_, '_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut parts = self.parts.iter_mut();
+        for item in self.items {
+            let total = parts.next().expect("at least one span for each tile");
+            for _ in 1..item.spans().len() {
+                total.join(simd, parts.next().expect("one part for each span"));
+            }
+            self.call.finish(simd, item, total);
+        }
+    }
+}

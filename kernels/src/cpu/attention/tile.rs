@@ -1,0 +1,441 @@
+//! The inner loops of attention: a tile of queries against a group of key panels.
+
+use super::super::vector_math::{Chunk, Element, Kernel, LANES, Simd, exp, store_part};
+
+/// Queries of a tile: enough that the keys of a group are read from memory once for many of them.
+pub(super) const TILE_ROWS: usize = 24;
+/// Panels of a group: what the softmax is carried on by.
+pub(super) const TILE_PANELS: usize = 8;
+/// Slots of a group.
+pub(super) const GROUP_SLOTS: usize = TILE_PANELS * LANES;
+/// Queries whose sums are in registers together, at most.
+const CHAINS_MAX: usize = 12;
+
+/// The queries of a tile and room for their scores.
+#[derive(Debug, Default)]
+pub(super) struct Tile {
+    head_dim: usize,
+    /// Sets of queries that are computed together; see [`Tile::start`].
+    sets: Vec<Set>,
+    /// For each set: `[head_dim][set rows]`, scale included, so that one element of all queries is together in memory.
+    queries: Vec<f32>,
+    /// Visible slots of each row: from the first on, to before the second.
+    visible: Vec<(usize, usize)>,
+    /// Scores, then weights, of one set: `[rows][panels][lanes]`.
+    scores: Vec<[Chunk<f32>; TILE_PANELS]>,
+}
+
+/// Queries `first..first + rows` of a tile.
+#[derive(Clone, Copy, Debug)]
+struct Set {
+    first: usize,
+    rows: usize,
+}
+
+/// The keys and values of a group. Panels past the last visible slot are empty.
+pub(super) struct Panels<'a, T> {
+    /// `[head_dim]` chunks each.
+    pub(super) keys: [&'a [Chunk<T>]; TILE_PANELS],
+    /// `[LANES][value chunks]` each.
+    pub(super) values: [&'a [Chunk<T>]; TILE_PANELS],
+    /// Lanes that are tokens: fewer than 16 where a block ends.
+    pub(super) tokens: [usize; TILE_PANELS],
+}
+
+impl<T> Default for Panels<'_, T> {
+    fn default() -> Self {
+        Self { keys: [&[]; TILE_PANELS], values: [&[]; TILE_PANELS], tokens: [0; TILE_PANELS] }
+    }
+}
+
+impl<T> Panels<'_, T> {
+    /// Asks for all of it to be brought near.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Simd>(&self, simd: S) {
+        for (keys, values) in self.keys.iter().zip(&self.values) {
+            simd.prefetch(keys);
+            simd.prefetch(values);
+        }
+    }
+}
+
+/// The online softmax of a tile's rows so far.
+#[derive(Debug, Default)]
+pub(super) struct Running {
+    /// Chunks of one row's values.
+    width: usize,
+    /// Rows in use.
+    rows: usize,
+    /// Largest score; -inf before the first key.
+    largest: Vec<f32>,
+    /// Sums of the weights, lane by lane.
+    sums: Vec<Chunk<f32>>,
+    /// Sums of weight times value, `[rows][width]`.
+    values: Vec<Chunk<f32>>,
+}
+
+impl Running {
+    /// Makes room for a tile with `value_row` elements per value.
+    pub(super) fn reserve(&mut self, value_row: usize) {
+        self.width = value_row / LANES;
+        self.largest.resize(TILE_ROWS, 0.0);
+        self.sums.resize(TILE_ROWS, [0.0; LANES]);
+        self.values.resize(TILE_ROWS * self.width, [0.0; LANES]);
+    }
+
+    /// Forgets everything.
+    #[inline(always)]
+    pub(super) fn start(&mut self, rows: usize) {
+        self.rows = rows;
+        self.largest[..rows].fill(f32::NEG_INFINITY);
+        self.sums[..rows].fill([0.0; LANES]);
+        self.values[..rows * self.width].fill([0.0; LANES]);
+    }
+
+    /// Continues with the keys that `later` has seen.
+    #[inline(always)]
+    pub(super) fn join<S: Simd>(&mut self, simd: S, later: &Self) {
+        for row in 0..self.rows {
+            let (mine, its) = (self.largest[row], later.largest[row]);
+            let values = row * self.width..(row + 1) * self.width;
+            if its == f32::NEG_INFINITY {
+                continue;
+            }
+            if mine == f32::NEG_INFINITY {
+                self.largest[row] = its;
+                self.sums[row] = later.sums[row];
+                self.values[values.clone()].copy_from_slice(&later.values[values]);
+                continue;
+            }
+            let largest = if its > mine { its } else { mine };
+            let old = exp(simd, simd.splat(mine - largest));
+            let new = exp(simd, simd.splat(its - largest));
+            self.largest[row] = largest;
+            let mine = std::iter::once(&mut self.sums[row]).chain(&mut self.values[values.clone()]);
+            let its = std::iter::once(&later.sums[row]).chain(&later.values[values]);
+            for (a, b) in mine.zip(its) {
+                simd.store(simd.mul_add(simd.load(b), new, simd.mul(simd.load(a), old)), a);
+            }
+        }
+    }
+
+    /// The row's attention: values by the sum of the weights.
+    #[inline(always)]
+    pub(super) fn write<S: Simd>(&self, simd: S, row: usize, out: &mut [f32]) {
+        let total = simd.splat(simd.sum(simd.load(&self.sums[row])));
+        for (value, out) in self.values[row * self.width..].iter().zip(out.chunks_mut(LANES)) {
+            store_part(simd, simd.div(simd.load(value), total), out);
+        }
+    }
+}
+
+impl Tile {
+    /// Makes room for heads of `head_dim` elements.
+    pub(super) fn reserve(&mut self, head_dim: usize) {
+        self.sets.reserve(TILE_ROWS);
+        self.queries.resize(TILE_ROWS * head_dim, 0.0);
+        self.visible.resize(TILE_ROWS, (0, 0));
+        self.scores.resize(CHAINS_MAX, [[0.0; LANES]; TILE_PANELS]);
+    }
+
+    /// Begins a tile of `rows` queries and cuts it into sets of the sizes that there are inner loops for, large ones first.
+    #[inline(always)]
+    pub(super) fn start<S: Simd>(&mut self, rows: usize, head_dim: usize) {
+        self.head_dim = head_dim;
+        self.sets.clear();
+        let mut first = 0;
+        for size in [CHAINS_MAX, 6, 4, 3, 2, 1] {
+            while rows - first >= size && (S::WIDE || size < CHAINS_MAX) {
+                self.sets.push(Set { first, rows: size });
+                first += size;
+            }
+        }
+    }
+
+    /// Sets one query and the slots it sees.
+    #[inline(always)]
+    pub(super) fn set_query(&mut self, query: usize, elements: &[f32], scale: f32, visible: (usize, usize)) {
+        self.visible[query] = visible;
+        let set = self.sets.iter().find(|set| query < set.first + set.rows).expect("the sets hold all queries");
+        let to = &mut self.queries[set.first * self.head_dim..][..set.rows * self.head_dim];
+        for (to, element) in to[query - set.first..].iter_mut().step_by(set.rows).zip(elements) {
+            *to = element * scale;
+        }
+    }
+
+    /// Attends to the slots `base..base + GROUP_SLOTS`.
+    #[inline(always)]
+    pub(super) fn attend<S: Simd, T: Element>(
+        &mut self,
+        simd: S,
+        panels: &Panels<'_, T>,
+        base: usize,
+        running: &mut Running,
+    ) {
+        for i in 0..self.sets.len() {
+            let set = self.sets[i];
+            let group = Group { tile: self, panels, base, running, set };
+            // (queries, panels scored together, value chunks added together): what fills the registers with chains of
+            // additions that do not wait for each other.
+            match (S::WIDE, set.rows) {
+                (true, 12) => simd.call(SetOf::<T, 12, 2, 2>(group)),
+                (true, 6) => simd.call(SetOf::<T, 6, 4, 4>(group)),
+                (true, 4) => simd.call(SetOf::<T, 4, 4, 4>(group)),
+                (true, 3) => simd.call(SetOf::<T, 3, 4, 4>(group)),
+                (true, 2) => simd.call(SetOf::<T, 2, 4, 4>(group)),
+                (true, _) => simd.call(SetOf::<T, 1, 8, 4>(group)),
+                (false, 6) => simd.call(SetOf::<T, 6, 1, 1>(group)),
+                (false, 4) => simd.call(SetOf::<T, 4, 1, 1>(group)),
+                (false, 3) => simd.call(SetOf::<T, 3, 1, 2>(group)),
+                (false, 2) => simd.call(SetOf::<T, 2, 2, 2>(group)),
+                (false, _) => simd.call(SetOf::<T, 1, 2, 4>(group)),
+            }
+        }
+    }
+}
+
+/// One set of queries and one group of panels.
+struct Group<'a, 'b, T> {
+    tile: &'a mut Tile,
+    panels: &'a Panels<'b, T>,
+    /// The group's first slot.
+    base: usize,
+    running: &'a mut Running,
+    set: Set,
+}
+
+/// [`Tile::attend`] for a set of `M` queries, `P` panels and `C` value chunks at a time.
+struct SetOf<'a, 'b, T, const M: usize, const P: usize, const C: usize>(Group<'a, 'b, T>);
+
+impl<T: Element, const M: usize, const P: usize, const C: usize> Kernel for SetOf<'_, '_, T, M, P, C> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Group { tile, panels, base, running, set } = self.0;
+        let mut visible = [(0, 0); M];
+        for (visible, slots) in visible.iter_mut().zip(&tile.visible[set.first..]) {
+            *visible = (slots.0.clamp(base, base + GROUP_SLOTS) - base, slots.1.clamp(base, base + GROUP_SLOTS) - base);
+        }
+        // Later rows see later slots, at both ends.
+        let (oldest, newest) = (visible[0].0, visible[M - 1].1);
+        if oldest >= newest {
+            return;
+        }
+        let queries = tile.queries[set.first * tile.head_dim..][..M * tile.head_dim].as_chunks::<M>().0;
+        let scores: &mut [_; M] = tile.scores.first_chunk_mut().expect("room for the largest set");
+        let (mut panel, end) = (oldest / LANES, newest.div_ceil(LANES));
+        while panel + P <= end {
+            score::<S, T, M, P>(simd, queries, panels, panel, scores);
+            panel += P;
+        }
+        while panel < end {
+            score::<S, T, M, 1>(simd, queries, panels, panel, scores);
+            panel += 1;
+        }
+        for row in 0..M {
+            if visible[row].0 < visible[row].1 {
+                soften(simd, &mut scores[row], visible[row], &panels.tokens, running, set.first + row);
+            }
+        }
+        let width = running.width;
+        let values = &mut running.values[set.first * width..][..M * width];
+        add_values::<S, T, M, C>(simd, scores, panels, &visible, values);
+    }
+}
+
+/// `scores[m][first + p] = q_m . keys`, for `P` panels from `first` on: one chain of multiply-adds over the head's elements
+/// for each query and key.
+#[inline(always)]
+fn score<S: Simd, T: Element, const M: usize, const P: usize>(
+    simd: S,
+    queries: &[[f32; M]],
+    panels: &Panels<'_, T>,
+    first: usize,
+    scores: &mut [[Chunk<f32>; TILE_PANELS]; M],
+) {
+    let head_dim = queries.len();
+    let mut keys = [&[] as &[Chunk<T>]; P];
+    for (keys, panel) in keys.iter_mut().zip(&panels.keys[first..]) {
+        *keys = &panel[..head_dim];
+    }
+    let mut sums = [[simd.splat(0.0); P]; M];
+    for (i, query) in queries.iter().enumerate() {
+        let mut key = [simd.splat(0.0); P];
+        for p in 0..P {
+            key[p] = T::load(simd, &keys[p][i]);
+        }
+        for m in 0..M {
+            let q = simd.splat(query[m]);
+            for p in 0..P {
+                sums[m][p] = simd.mul_add(q, key[p], sums[m][p]);
+            }
+        }
+    }
+    for m in 0..M {
+        for p in 0..P {
+            simd.store(sums[m][p], &mut scores[m][first + p]);
+        }
+    }
+}
+
+/// Turns a row's scores into weights relative to the largest so far, and brings what was summed before to the same scale.
+/// Lanes outside `visible` become 0 and are not counted.
+#[inline(always)]
+fn soften<S: Simd>(
+    simd: S,
+    scores: &mut [Chunk<f32>; TILE_PANELS],
+    visible: (usize, usize),
+    tokens: &[usize; TILE_PANELS],
+    running: &mut Running,
+    row: usize,
+) {
+    let (first, end) = (visible.0 / LANES, visible.1.div_ceil(LANES));
+    let nothing = simd.splat(f32::NEG_INFINITY);
+    let mut largest = nothing;
+    for panel in first..end {
+        let (from, to) = lanes(visible, panel, tokens);
+        let mut score = simd.load(&scores[panel]);
+        if to - from < LANES {
+            score = simd.select(simd.lanes(from, to), score, nothing);
+            simd.store(score, &mut scores[panel]);
+        }
+        largest = simd.max(largest, score);
+    }
+    let before = running.largest[row];
+    let largest = simd.largest(largest);
+    let mut sum = simd.load(&running.sums[row]);
+    if largest > before {
+        // The first time `before` is -inf, the scale 0, and so are the sums.
+        let scale = exp(simd, simd.splat(before - largest));
+        running.largest[row] = largest;
+        sum = simd.mul(sum, scale);
+        let width = running.width;
+        for value in &mut running.values[row * width..(row + 1) * width] {
+            simd.store(simd.mul(simd.load(value), scale), value);
+        }
+    }
+    let shift = simd.splat(if largest > before { largest } else { before });
+    for score in &mut scores[first..end] {
+        let weight = exp(simd, simd.sub(simd.load(score), shift));
+        simd.store(weight, score);
+        sum = simd.add(sum, weight);
+    }
+    simd.store(sum, &mut running.sums[row]);
+}
+
+/// The lanes of `panel` that are tokens within `visible`.
+#[inline(always)]
+fn lanes(visible: (usize, usize), panel: usize, tokens: &[usize; TILE_PANELS]) -> (usize, usize) {
+    let start = panel * LANES;
+    let end = visible.1.min(start + tokens[panel]).saturating_sub(start);
+    (visible.0.saturating_sub(start).min(end), end)
+}
+
+/// Adds weight times value to the sums of `M` rows, `[M][width]`: for each row its visible slots in order. Slots that all rows
+/// see are done for all rows together; those before and after them only for the rows that do.
+#[inline(always)]
+fn add_values<S: Simd, T: Element, const M: usize, const C: usize>(
+    simd: S,
+    weights: &[[Chunk<f32>; TILE_PANELS]; M],
+    panels: &Panels<'_, T>,
+    visible: &[(usize, usize); M],
+    values: &mut [Chunk<f32>],
+) {
+    let width = values.len() / M;
+    let common = (visible[M - 1].0, visible[0].1);
+    let all = common.0 < common.1;
+    for row in 0..M {
+        let (first, end) = visible[row];
+        let slots = (first, if all { common.0 } else { end });
+        if slots.0 < slots.1 {
+            let values = &mut values[row * width..(row + 1) * width];
+            simd.call(AddRow { weights: &weights[row], panels, slots, values });
+        }
+    }
+    if !all {
+        return;
+    }
+    add_chunks::<S, T, M, C>(simd, weights, panels, common, values);
+    for row in 0..M {
+        let slots = (common.1, visible[row].1);
+        if slots.0 < slots.1 {
+            let values = &mut values[row * width..(row + 1) * width];
+            simd.call(AddRow { weights: &weights[row], panels, slots, values });
+        }
+    }
+}
+
+/// [`add_values`] for one row's `slots`.
+struct AddRow<'a, 'b, T> {
+    weights: &'a [Chunk<f32>; TILE_PANELS],
+    panels: &'a Panels<'b, T>,
+    slots: (usize, usize),
+    values: &'a mut [Chunk<f32>],
+}
+
+impl<T: Element> Kernel for AddRow<'_, '_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { weights, panels, slots, values } = self;
+        add_chunks::<S, T, 1, 4>(simd, std::array::from_ref(weights), panels, slots, values);
+    }
+}
+
+/// [`add_values`] for slots that all `M` rows see, `C` chunks of the values at a time.
+#[inline(always)]
+fn add_chunks<S: Simd, T: Element, const M: usize, const C: usize>(
+    simd: S,
+    weights: &[[Chunk<f32>; TILE_PANELS]; M],
+    panels: &Panels<'_, T>,
+    slots: (usize, usize),
+    values: &mut [Chunk<f32>],
+) {
+    let width = values.len() / M;
+    let mut chunk = 0;
+    while chunk + C <= width {
+        add_some::<S, T, M, C>(simd, weights, panels, slots, (values, chunk));
+        chunk += C;
+    }
+    while chunk < width {
+        add_some::<S, T, M, 1>(simd, weights, panels, slots, (values, chunk));
+        chunk += 1;
+    }
+}
+
+/// [`add_chunks`] for the chunks from `chunk` on.
+#[inline(always)]
+fn add_some<S: Simd, T: Element, const M: usize, const C: usize>(
+    simd: S,
+    weights: &[[Chunk<f32>; TILE_PANELS]; M],
+    panels: &Panels<'_, T>,
+    slots: (usize, usize),
+    (values, chunk): (&mut [Chunk<f32>], usize),
+) {
+    let width = values.len() / M;
+    let mut sums = [[simd.splat(0.0); C]; M];
+    for m in 0..M {
+        for c in 0..C {
+            sums[m][c] = simd.load(&values[m * width + chunk + c]);
+        }
+    }
+    for panel in slots.0 / LANES..slots.1.div_ceil(LANES) {
+        let (first, end) = lanes(slots, panel, &panels.tokens);
+        for lane in first..end {
+            let row: &[Chunk<T>; C] = panels.values[panel][lane * width + chunk..].first_chunk().expect("a whole row");
+            let mut value = [simd.splat(0.0); C];
+            for c in 0..C {
+                value[c] = T::load(simd, &row[c]);
+            }
+            for m in 0..M {
+                let weight = simd.splat(weights[m][panel][lane]);
+                for c in 0..C {
+                    sums[m][c] = simd.mul_add(weight, value[c], sums[m][c]);
+                }
+            }
+        }
+    }
+    for m in 0..M {
+        for c in 0..C {
+            simd.store(sums[m][c], &mut values[m * width + chunk + c]);
+        }
+    }
+}

@@ -1,0 +1,326 @@
+//! The linear: `x W^T` over weight panels ([`super::pack`]), 8-bit activations ([`activations`]) against 4- or 8-bit
+//! weights, or f32 against f32.
+//!
+//! The unit of work is a tile: one panel of 16 outputs times a group of up to eight rows. A worker owns a range of panels,
+//! the same at every step, and walks through all groups of rows while a panel is in its nearest cache. Per output the
+//! arithmetic is: for each block of 32 inputs in order, the exact integer dot product, times the two scales, added to the
+//! f32 sum; then minimum times activation sum, added. Nothing of that depends on the other rows of the tile.
+
+pub mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use std::ops::Range;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::pack::{BLOCK, PANEL, PanelFormat, Panels, Part};
+use super::pool::{Disjoint, Pool};
+use super::tensor::Aligned;
+use super::{CpuTensor, Isa};
+use crate::{KernelError, LinearSpec, Precision, SiteSpan};
+use activations::{ActivationBlock, Activations, GROUP};
+
+/// One panel's outputs for one group of rows.
+pub type Tile = [[f32; PANEL]; GROUP];
+
+/// Activations of one pass over the panels: more rows than fit beside a panel in a typical second-level cache are taken in
+/// several passes.
+const PASS_BYTES: usize = 1 << 20;
+/// Up to this many rows a linear costs what reading its weights costs, above it what multiplying costs.
+const BANDWIDTH_BOUND_ROWS: usize = 4;
+
+/// From this many groups of rows on, a Q4 panel is unpacked once for all of them.
+const UNPACK_GROUPS: usize = 2;
+
+/// One block of a Q4 panel with a byte for every code and f32 scales.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub(super) struct UnpackedBlock {
+    /// Byte 4c + i of vector g: output c's input 4g + i.
+    codes: [[u8; 64]; BLOCK / 4],
+    d: [f32; PANEL],
+    m: [f32; PANEL],
+}
+
+/// Buffers that are kept from call to call.
+#[derive(Debug)]
+pub struct LinearScratch {
+    activations: Activations,
+    /// One panel for each worker.
+    unpacked: Aligned<UnpackedBlock>,
+}
+
+impl LinearScratch {
+    /// Empty.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]
+    pub fn new() -> Result<Self, KernelError> {
+        Ok(Self { activations: Activations::new()?, unpacked: Aligned::zeroed(0, "unpacked weights")? })
+    }
+
+    /// Makes room for linears of up to `inputs` on `threads` threads, with up to `rows` rows.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]
+    pub fn reserve(&mut self, threads: usize, rows: usize, inputs: usize) -> Result<(), KernelError> {
+        let blocks = threads * inputs.div_ceil(BLOCK);
+        if blocks > self.unpacked.len() {
+            self.unpacked = Aligned::zeroed(blocks, "unpacked weights")?;
+        }
+        self.activations.reserve(rows, inputs)
+    }
+}
+
+/// A loaded (fused) linear.
+#[derive(Debug)]
+pub struct CpuLinear {
+    /// The weights.
+    pub panels: Panels,
+    /// `[outputs]`
+    pub bias: Option<Vec<f32>>,
+    /// Which adapter sites the outputs belong to.
+    pub sites: Vec<SiteSpan>,
+}
+
+impl CpuLinear {
+    /// Checks `spec` and repacks its weights.
+    ///
+    /// # Errors
+    /// Parts, bias or sites that do not fit together, weights that are not finite, or memory.
+    pub fn load(pool: &Pool, spec: &LinearSpec<'_>, precision: Precision) -> Result<Self, KernelError> {
+        let panels = Panels::pack(pool, spec, precision)?;
+        let misfit = |what, found| {
+            let name = spec.parts.first().map_or_else(String::new, |part| part.name.to_owned());
+            KernelError::Parts { name, what, found, expected: panels.outputs }
+        };
+        if let Some(bias) = &spec.bias
+            && bias.len() != panels.outputs
+        {
+            return Err(misfit("bias values", bias.len()));
+        }
+        if let Some(site) = spec.sites.iter().find(|site| site.outputs.end > panels.outputs) {
+            return Err(misfit("outputs up to its last site", site.outputs.end));
+        }
+        Ok(Self { panels, bias: spec.bias.clone(), sites: spec.sites.clone() })
+    }
+}
+
+/// `out = x W^T`, without bias: `x: [rows, inputs]`, `out: [rows, outputs]`.
+///
+/// # Errors
+/// [`KernelError::OutOfMemory`] when `scratch` had not room for the rows and cannot get it.
+///
+/// # Panics
+/// When the widths of `x` or `out` are not the linear's.
+pub fn multiply(
+    pool: &Pool,
+    isa: Isa,
+    linear: &CpuLinear,
+    x: &CpuTensor,
+    out: &mut CpuTensor,
+    scratch: &mut LinearScratch,
+) -> Result<(), KernelError> {
+    let panels = &linear.panels;
+    assert_eq!((x.width(), out.width()), (panels.inputs, panels.outputs), "[inputs, outputs] of a linear");
+    let rows = x.rows();
+    out.set_rows(rows);
+    if panels.parts.iter().any(|part| part.format != PanelFormat::F32) {
+        scratch.reserve(pool.threads(), rows, panels.inputs)?;
+        scratch.activations.quantise(pool, isa, x)?;
+    }
+    let operands = Operands { isa, panels, x, activations: &scratch.activations };
+    let (out, unpacked) = (Disjoint::new(out.values_mut()), Disjoint::new(&mut scratch.unpacked));
+    let blocks = (unpacked.len() / pool.threads()).min(panels.inputs.div_ceil(BLOCK));
+    pool.run(&|worker| {
+        let mine = worker_panels(&panels.parts, rows, worker, pool.threads());
+        // SAFETY: the ranges of different workers do not overlap: neither their buffers nor their panels.
+        unsafe { operands.multiply_panels(mine, unpacked.slice(worker * blocks..(worker + 1) * blocks), &out) };
+    });
+    Ok(())
+}
+
+/// Adds `bias`, `[width]`, to every row of `out`.
+pub fn add_bias(pool: &Pool, bias: &[f32], out: &mut CpuTensor) {
+    let width = out.width();
+    pool.for_each_row(out.values_mut(), width, &|_, row| {
+        for (out, bias) in row.iter_mut().zip(bias) {
+            *out += bias;
+        }
+    });
+}
+
+/// `worker`'s panels: neighbours, so that they are one stream of memory, and about as much work as every other worker's.
+fn worker_panels(parts: &[Part], rows: usize, worker: usize, threads: usize) -> Range<usize> {
+    let cost = |part: &Part| match part.format {
+        _ if rows <= BANDWIDTH_BOUND_ROWS => part.panel_bytes,
+        // Vector instructions per block and row, docs/cpu.md: 8 dot products, conversion and scales, unpacking.
+        PanelFormat::Q4 => 25,
+        PanelFormat::Q8 => 22,
+        PanelFormat::F32 => 64,
+    };
+    let total: usize = parts.iter().map(|part| cost(part) * part.panels.len()).sum();
+    let boundary = |worker: usize| {
+        let mut share = total * worker / threads;
+        for part in parts {
+            let all = cost(part) * part.panels.len();
+            if share < all {
+                return part.panels.start + (share + cost(part) / 2) / cost(part);
+            }
+            share -= all;
+        }
+        parts.last().map_or(0, |part| part.panels.end)
+    };
+    boundary(worker)..boundary(worker + 1)
+}
+
+struct Operands<'a> {
+    isa: Isa,
+    panels: &'a Panels,
+    x: &'a CpuTensor,
+    activations: &'a Activations,
+}
+
+impl Operands<'_> {
+    /// # Safety
+    /// No other thread writes the columns of `range`'s panels in `out` at the same time.
+    unsafe fn multiply_panels(&self, range: Range<usize>, unpacked: &mut [UnpackedBlock], out: &Disjoint<'_, f32>) {
+        let (rows, outputs) = (self.x.rows(), self.panels.outputs);
+        let group_bytes = self.panels.inputs * GROUP * size_of::<f32>();
+        let groups_per_pass = (PASS_BYTES / group_bytes.max(1)).max(1);
+        let groups = rows.div_ceil(GROUP);
+        let mut tile: Tile = [[0.0; PANEL]; GROUP];
+        for pass in (0..groups).step_by(groups_per_pass) {
+            let pass = pass..(pass + groups_per_pass).min(groups);
+            for part in &self.panels.parts {
+                for number in range.start.max(part.panels.start)..range.end.min(part.panels.end) {
+                    let panel = self.panels.panel(part, number);
+                    let column = part.outputs.start + (number - part.panels.start) * PANEL;
+                    let columns = PANEL.min(part.outputs.end - column);
+                    let unpack = part.format == PanelFormat::Q4
+                        && pass.len() >= UNPACK_GROUPS
+                        && unpack_q4(self.isa, panel, unpacked);
+                    let panel = if unpack { Weights::Unpacked(unpacked) } else { Weights::Packed(part.format, panel) };
+                    for group in pass.clone() {
+                        let first = group * GROUP;
+                        let in_group = GROUP.min(rows - first);
+                        self.multiply_tile(panel, first..first + in_group, &mut tile);
+                        for (row, values) in (first..).zip(&tile[..in_group]) {
+                            let start = row * outputs + column;
+                            // SAFETY: these columns are this worker's alone, as the caller promises.
+                            unsafe { out.slice(start..start + columns) }.copy_from_slice(&values[..columns]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// One panel times rows `rows` of one group.
+    fn multiply_tile(&self, panel: Weights<'_>, rows: Range<usize>, tile: &mut Tile) {
+        let activations = || self.activations.group(rows.start / GROUP);
+        match panel {
+            Weights::Unpacked(panel) => q4_unpacked(self.isa, panel, activations(), rows.len(), tile),
+            Weights::Packed(PanelFormat::Q4, panel) => q4(self.isa, panel, activations(), rows.len(), tile),
+            Weights::Packed(PanelFormat::Q8, panel) => q8(self.isa, panel, activations(), rows.len(), tile),
+            Weights::Packed(PanelFormat::F32, panel) => {
+                let inputs = self.panels.inputs;
+                let x = &self.x.values()[rows.start * inputs..rows.end * inputs];
+                f32(self.isa, bytemuck::cast_slice(panel), x, inputs, tile);
+            }
+        }
+    }
+}
+
+/// A panel as the kernels read it.
+#[derive(Clone, Copy)]
+enum Weights<'a> {
+    Packed(PanelFormat, &'a [u8]),
+    Unpacked(&'a [UnpackedBlock]),
+}
+
+/// Unpacks a Q4 panel where [`q4_unpacked`] is written for the instruction set; says whether it did.
+fn unpack_q4(isa: Isa, panel: &[u8], out: &mut [UnpackedBlock]) -> bool {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an Isa above portable exists only where the processor has it.
+        Isa::Avx512Vnni => unsafe { avx512::unpack_q4(panel, out) },
+        _ => return false,
+    }
+    true
+}
+
+fn q4_unpacked(isa: Isa, panel: &[UnpackedBlock], activations: &[ActivationBlock], rows: usize, tile: &mut Tile) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an Isa above portable exists only where the processor has it.
+        Isa::Avx512Vnni => unsafe { avx512::q4_unpacked(panel, activations, rows, tile) },
+        _ => unreachable!("unpacked only for AVX-512"),
+    }
+}
+
+fn q4(isa: Isa, panel: &[u8], activations: &[ActivationBlock], rows: usize, tile: &mut Tile) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an Isa above portable exists only where the processor has it.
+        Isa::Avx512Vnni => unsafe { avx512::q4(panel, activations, rows, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { avx2::q4(panel, activations, rows, tile) },
+        _ => portable::q4(panel, activations, rows, tile),
+    }
+}
+
+fn q8(isa: Isa, panel: &[u8], activations: &[ActivationBlock], rows: usize, tile: &mut Tile) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an Isa above portable exists only where the processor has it.
+        Isa::Avx512Vnni => unsafe { avx512::q8(panel, activations, rows, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { avx2::q8(panel, activations, rows, tile) },
+        _ => portable::q8(panel, activations, rows, tile),
+    }
+}
+
+fn f32(isa: Isa, panel: &[f32], x: &[f32], inputs: usize, tile: &mut Tile) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an Isa above portable exists only where the processor has it.
+        Isa::Avx512Vnni => unsafe { avx512::f32(panel, x, inputs, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { avx2::f32(panel, x, inputs, tile) },
+        _ => portable::f32(panel, x, inputs, tile),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_share_all_panels_of_mixed_parts_evenly() {
+        let part = |format: PanelFormat, panels: Range<usize>| Part {
+            format,
+            outputs: panels.start * PANEL..panels.end * PANEL,
+            panel_bytes: format.panel_bytes(64),
+            panels,
+            offset: 0,
+        };
+        let parts = [part(PanelFormat::Q4, 0..9), part(PanelFormat::Q8, 9..12), part(PanelFormat::Q4, 12..13)];
+        for rows in [1, 100] {
+            for threads in 1..20 {
+                let ranges: Vec<_> = (0..threads).map(|worker| worker_panels(&parts, rows, worker, threads)).collect();
+                assert_eq!((ranges[0].start, ranges[threads - 1].end), (0, 13));
+                assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start));
+                let most = ranges.iter().map(Range::len).max().expect("some");
+                assert!(most <= 13_usize.div_ceil(threads) + 1, "{threads} threads: {ranges:?}");
+            }
+        }
+    }
+}

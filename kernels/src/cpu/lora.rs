@@ -1,0 +1,343 @@
+//! LoRA on the processor: what each row's adapter adds to a linear's output, for rows of many adapters in one call (Punica's
+//! SGMV, Chen et al. 2023, section 4).
+//!
+//! A call has two parts, each shared by all threads: *shrink*, `z = scale A x` for every adapted site of every row, then
+//! *expand*, `out += B z`. A part is cut into pieces of one adapter, one site, some rows and some ranks or columns; each
+//! thread has a run of pieces with its share of the work, so that one adapter of rank 256 beside thirty of rank 8 keeps
+//! nobody waiting. Nothing is padded to the largest rank. A thread asks for the next piece's factors before it computes
+//! with the present one's: with an adapter for each row, all is the time it takes to read them.
+//!
+//! **A row's bits** depend on its own adapter alone: an element of `z` is one chain of multiply-adds over the inputs and one
+//! sum over 16 lanes; an output is one chain over the ranks, then the additions and products of the definition in
+//! [`openlora_types::SiteWeights`].
+
+mod adapter;
+mod kernels;
+
+pub use adapter::CpuAdapter;
+pub(super) use adapter::{Factors, SiteFactors};
+pub(super) use kernels::{Columns, Outputs, expand};
+
+use super::pool::Disjoint;
+use super::vector_math::{Element, Kernel, Simd, dispatch};
+use super::{CpuTensor, Isa, Pool};
+use crate::{LoraRows, SiteSpan};
+use kernels::shrink;
+
+/// Rows of a piece: few enough that their inputs stay in the second-level cache.
+const PIECE_ROWS: usize = 32;
+/// Ranks of a shrinking piece.
+const PIECE_RANKS: usize = 16;
+/// Columns of an expanding piece: when many rows give many pieces anyway, and when a few rows must keep all threads busy.
+const PIECE_COLUMNS: usize = 640;
+const PIECE_COLUMNS_FEW_ROWS: usize = 192;
+const FEW_ROWS: usize = 8;
+/// Elements of B that are worth asking for ahead of time.
+const PREFETCH: usize = 1 << 15;
+/// Multiply-adds below which the caller does a part alone: waking another thread takes longer.
+const ALONE: usize = 1 << 15;
+
+/// What to apply to a linear's output.
+#[derive(Clone, Copy)]
+pub struct Adapt<'a> {
+    /// The linear's sites.
+    pub sites: &'a [SiteSpan],
+    /// Which adapter each row has.
+    pub lora: LoraRows<'a, CpuAdapter>,
+    /// The base linear's bias where it has not been added yet; given if and only if [`rescales`] says so. DoRA scales
+    /// `W x`, and not the bias that is added to it.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// Whether some row's adapter scales the output of one of these sites (DoRA): then the linear leaves its bias out, and
+/// [`apply`] adds it to every row.
+#[must_use]
+pub fn rescales(sites: &[SiteSpan], lora: LoraRows<'_, CpuAdapter>) -> bool {
+    let scales = |adapter: &CpuAdapter, span: &SiteSpan| {
+        adapter.site(span.index).is_some_and(|site| site.output_scale.is_some())
+    };
+    let mut adapters = lora.segments.iter().filter_map(|segment| segment.adapter);
+    adapters.any(|adapter| sites.iter().any(|span| scales(adapter, span)))
+}
+
+/// Buffers that are kept from step to step.
+#[derive(Debug, Default)]
+pub struct LoraScratch {
+    jobs: Vec<Job>,
+    shrinks: Vec<Piece>,
+    expands: Vec<Piece>,
+    /// `[rows][rank]` of each job, one after the other.
+    pub(super) shrunk: Vec<f32>,
+}
+
+impl LoraScratch {
+    /// Makes room for `rows` rows whose adapters have at most `ranks` ranks over the sites of one linear.
+    pub fn reserve(&mut self, rows: usize, ranks: usize) {
+        let more = |needed: usize, len: usize| needed.saturating_sub(len);
+        self.shrunk.reserve(more(rows * ranks, self.shrunk.len()));
+    }
+}
+
+/// One site of one segment.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    segment: usize,
+    span: usize,
+    /// Of its first element in [`LoraScratch::shrunk`].
+    shrunk: usize,
+    /// 0 where the adapter has nothing at this site and only the bias is added.
+    rank: usize,
+}
+
+/// A part of a job: rows of the step, and ranks or columns.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    job: usize,
+    row: usize,
+    rows: usize,
+    first: usize,
+    count: usize,
+    /// Multiply-adds, and one for each output.
+    work: usize,
+}
+
+/// Applies the adapters: on entry `out` holds `W x` and, unless [`Adapt::bias`] is given, the bias. Costs nothing when no row
+/// has an adapter with one of the sites.
+///
+/// # Panics
+/// When an adapter does not fit the linear, which who loaded it has checked against the model.
+pub fn apply(
+    pool: &Pool,
+    isa: Isa,
+    adapt: Adapt<'_>,
+    x: &CpuTensor,
+    out: &mut CpuTensor,
+    scratch: &mut LoraScratch,
+) {
+    if !plan(&adapt, (x.rows(), x.width()), scratch) {
+        return;
+    }
+    assert_eq!(x.rows(), out.rows(), "rows of x and of W x");
+    let LoraScratch { jobs, shrinks, expands, shrunk } = scratch;
+    let (x_width, out_width) = (x.width(), out.width());
+    let call =
+        Call { adapt: &adapt, jobs, x: x.values(), x_width, out: Disjoint::new(out.values_mut()), out_width };
+    {
+        let shrunk = Disjoint::new(shrunk);
+        share(pool, shrinks, &|pieces| dispatch(isa, Shrink { call: &call, pieces, shrunk: &shrunk }));
+    }
+    share(pool, expands, &|pieces| dispatch(isa, Expand { call: &call, pieces, shrunk }));
+}
+
+/// Calls `part` on every thread with a run of the pieces, or on this one alone when there is little to do.
+fn share(pool: &Pool, pieces: &[Piece], part: &(dyn Fn(&[Piece]) + Sync)) {
+    let work: usize = pieces.iter().map(|piece| piece.work).sum();
+    if pieces.is_empty() {
+        return;
+    }
+    if work < ALONE || pool.threads() == 1 {
+        return part(pieces);
+    }
+    pool.run(&|worker| {
+        let mine = pool.split(work, worker);
+        part(&pieces[starting_before(pieces, mine.start)..starting_before(pieces, mine.end)]);
+    });
+}
+
+/// How many pieces start before `work` multiply-adds are done.
+fn starting_before(pieces: &[Piece], work: usize) -> usize {
+    let mut done = 0;
+    let starts_before = |piece: &&Piece| {
+        let start = done;
+        done += piece.work;
+        start < work
+    };
+    pieces.iter().take_while(starts_before).count()
+}
+
+/// Lists the jobs and their pieces. False when there is nothing to do.
+fn plan(adapt: &Adapt<'_>, (rows, inputs): (usize, usize), scratch: &mut LoraScratch) -> bool {
+    let columns_most = if rows <= FEW_ROWS { PIECE_COLUMNS_FEW_ROWS } else { PIECE_COLUMNS };
+    let LoraScratch { jobs, shrinks, expands, shrunk } = scratch;
+    (jobs.clear(), shrinks.clear(), expands.clear());
+    let mut shrunk_len = 0;
+    for (i, segment) in adapt.lora.segments.iter().enumerate() {
+        for (j, span) in adapt.sites.iter().enumerate() {
+            let site = segment.adapter.and_then(|adapter| adapter.site(span.index));
+            if site.is_none() && adapt.bias.is_none() {
+                continue;
+            }
+            if let Some(site) = site {
+                assert_eq!((site.inputs, site.outputs), (inputs, span.outputs.len()), "{}: shape", span.site);
+            }
+            let job = Job { segment: i, span: j, shrunk: shrunk_len, rank: site.map_or(0, |site| site.rank) };
+            for row in (0..segment.rows).step_by(PIECE_ROWS) {
+                let (rows, row) = (PIECE_ROWS.min(segment.rows - row), segment.row + row);
+                let piece = Piece { job: jobs.len(), row, rows, first: 0, count: 0, work: 0 };
+                add_pieces(shrinks, piece, (job.rank, inputs), PIECE_RANKS);
+                add_pieces(expands, piece, (span.outputs.len(), job.rank + 1), columns_most);
+            }
+            shrunk_len += segment.rows * job.rank;
+            jobs.push(job);
+        }
+    }
+    if shrunk.len() < shrunk_len {
+        shrunk.resize(shrunk_len, 0.0);
+    }
+    !jobs.is_empty()
+}
+
+/// Appends the pieces of `rows` by `total` ranks or columns, at most `most` at a time, that cost `each` multiply-adds.
+fn add_pieces(pieces: &mut Vec<Piece>, rows: Piece, (total, each): (usize, usize), most: usize) {
+    pieces.extend((0..total).step_by(most).map(|first| {
+        let count = most.min(total - first);
+        Piece { first, count, work: rows.rows * count * each, ..rows }
+    }));
+}
+
+/// One call of [`apply`].
+struct Call<'a> {
+    adapt: &'a Adapt<'a>,
+    jobs: &'a [Job],
+    x: &'a [f32],
+    x_width: usize,
+    out: Disjoint<'a, f32>,
+    out_width: usize,
+}
+
+impl<'a> Call<'a> {
+    #[inline(always)]
+    fn adapter(&self, job: &Job) -> Option<(&'a CpuAdapter, &'a SiteFactors)> {
+        let adapter = self.adapt.lora.segments[job.segment].adapter?;
+        Some((adapter, adapter.site(self.adapt.sites[job.span].index)?))
+    }
+}
+
+struct Shrink<'a, 'b> {
+    call: &'a Call<'b>,
+    pieces: &'a [Piece],
+    shrunk: &'a Disjoint<'a, f32>,
+}
+
+impl Kernel for Shrink<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (i, piece) in self.pieces.iter().enumerate() {
+            let (adapter, site) = self.adapter(piece);
+            self.prefetch(simd, self.pieces.get(i + 1));
+            match &adapter.factors {
+                Factors::F16(factors) => self.piece(simd, piece, site, factors),
+                Factors::F32(factors) => self.piece(simd, piece, site, factors),
+            }
+        }
+    }
+}
+
+impl<'b> Shrink<'_, 'b> {
+    /// Asks for the rows of A that `next` reads.
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, simd: S, next: Option<&Piece>) {
+        let Some(piece) = next else { return };
+        let (adapter, site) = self.adapter(piece);
+        let start = site.a + piece.first * site.inputs;
+        match &adapter.factors {
+            Factors::F16(factors) => simd.prefetch(&factors[start..][..piece.count * site.inputs]),
+            Factors::F32(factors) => simd.prefetch(&factors[start..][..piece.count * site.inputs]),
+        }
+    }
+
+    #[inline(always)]
+    fn adapter(&self, piece: &Piece) -> (&'b CpuAdapter, &'b SiteFactors) {
+        self.call.adapter(&self.call.jobs[piece.job]).expect("a job with ranks has an adapter")
+    }
+
+    #[inline(always)]
+    fn piece<S: Simd, T: Element>(&self, simd: S, piece: &Piece, site: &SiteFactors, factors: &[T]) {
+        let job = &self.call.jobs[piece.job];
+        let width = self.call.x_width;
+        let x = &self.call.x[piece.row * width..][..piece.rows * width];
+        let a = &factors[site.a + piece.first * width..][..piece.count * width];
+        let start = job.shrunk + (piece.row - self.call.adapt.lora.segments[job.segment].row) * site.rank;
+        shrink(simd, x, a, width, &mut |row, rank, value| {
+            let place = start + row * site.rank + piece.first + rank;
+            // SAFETY: pieces do not share rows and ranks, and each is computed by one thread.
+            unsafe { self.shrunk.slice(place..place + 1)[0] = value * site.scale };
+        });
+    }
+}
+
+struct Expand<'a, 'b> {
+    call: &'a Call<'b>,
+    pieces: &'a [Piece],
+    shrunk: &'a [f32],
+}
+
+impl Kernel for Expand<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (i, piece) in self.pieces.iter().enumerate() {
+            let job = &self.call.jobs[piece.job];
+            if let Some(next) = self.pieces.get(i + 1).filter(|next| next.job != piece.job) {
+                self.prefetch(simd, next);
+            }
+            let span = &self.call.adapt.sites[job.span];
+            let bias = self.call.adapt.bias.map(|bias| &bias[span.outputs.clone()]);
+            match self.call.adapter(job) {
+                Some((adapter, site)) => match &adapter.factors {
+                    Factors::F16(factors) => self.piece(simd, piece, Columns::new(site, factors, bias)),
+                    Factors::F32(factors) => self.piece(simd, piece, Columns::new(site, factors, bias)),
+                },
+                None => self.add_bias(piece, bias.expect("a job without an adapter adds the bias")),
+            }
+        }
+    }
+}
+
+impl Expand<'_, '_> {
+    /// Asks for the rows of B that `next`'s job reads.
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, simd: S, next: &Piece) {
+        let Some((adapter, site)) = self.call.adapter(&self.call.jobs[next.job]) else { return };
+        let len = (site.rank * site.outputs).min(PREFETCH);
+        match &adapter.factors {
+            Factors::F16(factors) => simd.prefetch(&factors[site.b..][..len]),
+            Factors::F32(factors) => simd.prefetch(&factors[site.b..][..len]),
+        }
+    }
+
+    #[inline(always)]
+    fn piece<S: Simd, T: Element>(&self, simd: S, piece: &Piece, columns: Columns<'_, T>) {
+        let job = &self.call.jobs[piece.job];
+        let first = job.shrunk + (piece.row - self.call.adapt.lora.segments[job.segment].row) * job.rank;
+        let shrunk = &self.shrunk[first..][..piece.rows * job.rank];
+        let mut part = Part { call: self.call, piece };
+        expand(simd, shrunk, &columns, piece.first..piece.first + piece.count, &mut part);
+    }
+
+    fn add_bias(&self, piece: &Piece, bias: &[f32]) {
+        let mut part = Part { call: self.call, piece };
+        for row in 0..piece.rows {
+            for (out, bias) in part.row(row).iter_mut().zip(&bias[piece.first..]) {
+                *out += bias;
+            }
+        }
+    }
+}
+
+/// An expanding piece's part of the output.
+struct Part<'a, 'b> {
+    call: &'a Call<'b>,
+    piece: &'a Piece,
+}
+
+impl Outputs for Part<'_, '_> {
+    #[inline(always)]
+    fn row(&mut self, row: usize) -> &mut [f32] {
+        let Self { call, piece } = self;
+        let span = &call.adapt.sites[call.jobs[piece.job].span];
+        let start = (piece.row + row) * call.out_width + span.outputs.start + piece.first;
+        // SAFETY: pieces do not share rows and columns, each is taken by one thread, and the borrow of self lets a thread
+        // hold one row's columns at a time.
+        unsafe { call.out.slice(start..start + piece.count) }
+    }
+}

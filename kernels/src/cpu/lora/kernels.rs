@@ -1,0 +1,263 @@
+//! The two inner loops of LoRA.
+
+use std::ops::Range;
+
+use super::super::vector_math::{Element, LANES, Simd, load_part, store_part};
+use super::SiteFactors;
+
+/// `put(row, rank, a_rank . x_row)` for all rows of `x: [rows][width]` and `a: [ranks][width]`.
+///
+/// Ranks in the outer loop: a few rows of A stay in the first-level cache while all rows of x pass.
+#[inline(always)]
+pub(super) fn shrink<S: Simd, T: Element>(
+    simd: S,
+    x: &[f32],
+    a: &[T],
+    width: usize,
+    put: &mut impl FnMut(usize, usize, f32),
+) {
+    let (rows, ranks) = (x.len() / width, a.len() / width);
+    let mut rank = 0;
+    while rank < ranks {
+        let rest = ranks - rank;
+        let a = &a[rank * width..];
+        let put = &mut |row: usize, i: usize, value: f32| put(row, rank + i, value);
+        // One row at a time reads as many rows of A together as it takes to keep the multipliers busy.
+        rank += match (S::WIDE, rows, rest) {
+            (true, 0..4, 8..) => shrink_ranks::<S, T, 1, 8>(simd, x, a, width, put),
+            (true, _, 4..) => shrink_ranks::<S, T, 4, 4>(simd, x, a, width, put),
+            (true, _, 2..) => shrink_ranks::<S, T, 4, 2>(simd, x, a, width, put),
+            (true, ..) => shrink_ranks::<S, T, 4, 1>(simd, x, a, width, put),
+            (false, 0..2, 4..) => shrink_ranks::<S, T, 1, 4>(simd, x, a, width, put),
+            (false, _, 2..) => shrink_ranks::<S, T, 2, 2>(simd, x, a, width, put),
+            (false, ..) => shrink_ranks::<S, T, 2, 1>(simd, x, a, width, put),
+        };
+    }
+}
+
+/// [`shrink`] for the first `K` rows of `a`, `R` rows of x at a time. Returns `K`.
+#[inline(always)]
+fn shrink_ranks<S: Simd, T: Element, const R: usize, const K: usize>(
+    simd: S,
+    x: &[f32],
+    a: &[T],
+    width: usize,
+    put: &mut impl FnMut(usize, usize, f32),
+) -> usize {
+    let rows = x.len() / width;
+    let a: [&[T]; K] = std::array::from_fn(|i| &a[i * width..][..width]);
+    let mut row = 0;
+    while row + R <= rows {
+        let dots = dot::<S, T, R, K>(simd, std::array::from_fn(|i| &x[(row + i) * width..][..width]), a);
+        for (i, dots) in dots.iter().enumerate() {
+            for (j, value) in dots.iter().enumerate() {
+                put(row + i, j, *value);
+            }
+        }
+        row += R;
+    }
+    while row < rows {
+        let [dots] = dot::<S, T, 1, K>(simd, [&x[row * width..][..width]], a);
+        for (j, value) in dots.iter().enumerate() {
+            put(row, j, *value);
+        }
+        row += 1;
+    }
+    K
+}
+
+/// All products of `R` rows of x with `K` rows of A. Every product is one chain over the vectors of its row.
+#[inline(always)]
+fn dot<S: Simd, T: Element, const R: usize, const K: usize>(simd: S, x: [&[f32]; R], a: [&[T]; K]) -> [[f32; K]; R] {
+    let x = x.map(|x| x.as_chunks::<LANES>());
+    let a = a.map(|a| a.as_chunks::<LANES>());
+    let chunks = x[0].0.len();
+    // Equal lengths, said so that the loop needs no checks.
+    let (x_chunks, a_chunks) = (x.map(|x| &x.0[..chunks]), a.map(|a| &a.0[..chunks]));
+    let mut sums = [[simd.splat(0.0); K]; R];
+    for i in 0..chunks {
+        let mut x = [simd.splat(0.0); R];
+        for r in 0..R {
+            x[r] = simd.load(&x_chunks[r][i]);
+        }
+        for k in 0..K {
+            let a = T::load(simd, &a_chunks[k][i]);
+            for r in 0..R {
+                sums[r][k] = simd.mul_add(a, x[r], sums[r][k]);
+            }
+        }
+    }
+    let mut products = [[0.0; K]; R];
+    for r in 0..R {
+        for k in 0..K {
+            if !x[r].1.is_empty() {
+                sums[r][k] = simd.mul_add(load_part(simd, a[k].1), load_part(simd, x[r].1), sums[r][k]);
+            }
+            products[r][k] = simd.sum(sums[r][k]);
+        }
+    }
+    products
+}
+
+/// What an expanding loop reads of one site.
+pub(in super::super) struct Columns<'a, T> {
+    rank: usize,
+    outputs: usize,
+    /// `[rank][outputs]`
+    b: &'a [T],
+    b_bias: Option<&'a [f32]>,
+    output_scale: Option<&'a [f32]>,
+    bias: Option<&'a [f32]>,
+}
+
+impl<'a, T> Columns<'a, T> {
+    /// The site's, with the base linear's bias where it is still to be added.
+    #[inline(always)]
+    pub(in super::super) fn new(site: &'a SiteFactors, factors: &'a [T], bias: Option<&'a [f32]>) -> Self {
+        Self {
+            rank: site.rank,
+            outputs: site.outputs,
+            b: &factors[site.b..][..site.rank * site.outputs],
+            b_bias: site.b_bias.as_deref(),
+            output_scale: site.output_scale.as_deref(),
+            bias,
+        }
+    }
+}
+
+/// Where [`expand`] writes.
+pub(in super::super) trait Outputs {
+    /// The columns in question of one row.
+    fn row(&mut self, row: usize) -> &mut [f32];
+}
+
+/// For all rows of `shrunk: [rows][rank]` the definition of [`openlora_types::SiteWeights`]: `out + bias + B z + b_bias`, or with an
+/// output scale `output_scale (out + B z + b_bias) + bias`, absent vectors left out. `columns` says which outputs `out` has.
+///
+/// Without an output scale the bias comes first, as where the linear has added it already.
+///
+/// Columns in the outer loop: a strip of B stays in the first-level cache while all rows pass.
+#[inline(always)]
+pub(in super::super) fn expand<S: Simd, T: Element>(
+    simd: S,
+    shrunk: &[f32],
+    site: &Columns<'_, T>,
+    columns: Range<usize>,
+    out: &mut impl Outputs,
+) {
+    let rows = shrunk.len() / site.rank;
+    let mut column = columns.start;
+    while column < columns.end {
+        let place = (column, column - columns.start);
+        let vectors = (columns.end - column) / LANES;
+        column += LANES
+            * match (S::WIDE, rows, vectors) {
+                (true, 0..4, 12..) => expand_columns::<S, T, 1, 12>(simd, shrunk, site, place, out),
+                (true, _, 4..) => expand_columns::<S, T, 4, 4>(simd, shrunk, site, place, out),
+                (false, 0..2, 4..) => expand_columns::<S, T, 1, 4>(simd, shrunk, site, place, out),
+                (false, _, 2..) => expand_columns::<S, T, 2, 2>(simd, shrunk, site, place, out),
+                (_, _, 1..) => expand_columns::<S, T, 4, 1>(simd, shrunk, site, place, out),
+                (_, _, 0) => expand_rest(simd, shrunk, site, place, columns.end - column, out),
+            };
+    }
+}
+
+/// [`expand`] for `C` vectors of columns, `R` rows at a time. `place`: the first column of B, and where it is in `out`'s part.
+/// Returns `C`.
+#[inline(always)]
+fn expand_columns<S: Simd, T: Element, const R: usize, const C: usize>(
+    simd: S,
+    shrunk: &[f32],
+    site: &Columns<'_, T>,
+    place: (usize, usize),
+    out: &mut impl Outputs,
+) -> usize {
+    let rows = shrunk.len() / site.rank;
+    let mut row = 0;
+    while row + R <= rows {
+        let z: [&[f32]; R] = std::array::from_fn(|i| &shrunk[(row + i) * site.rank..][..site.rank]);
+        let sums = products::<S, T, R, C>(simd, z, site, place.0);
+        for (i, sums) in sums.iter().enumerate() {
+            finish(simd, sums, site, place.0, &mut out.row(row + i)[place.1..][..C * LANES]);
+        }
+        row += R;
+    }
+    while row < rows {
+        let [sums] = products::<S, T, 1, C>(simd, [&shrunk[row * site.rank..][..site.rank]], site, place.0);
+        finish(simd, &sums, site, place.0, &mut out.row(row)[place.1..][..C * LANES]);
+        row += 1;
+    }
+    C
+}
+
+/// `B z` of `R` rows and `C` vectors of columns from `column` on: for each output one chain over the ranks.
+#[inline(always)]
+fn products<S: Simd, T: Element, const R: usize, const C: usize>(
+    simd: S,
+    z: [&[f32]; R],
+    site: &Columns<'_, T>,
+    column: usize,
+) -> [[S::V; C]; R] {
+    let mut sums = [[simd.splat(0.0); C]; R];
+    let rank = z[0].len();
+    let z = z.map(|z| &z[..rank]);
+    for k in 0..rank {
+        let b = site.b[k * site.outputs + column..][..C * LANES].as_chunks::<LANES>().0;
+        let mut values = [simd.splat(0.0); C];
+        for c in 0..C {
+            values[c] = T::load(simd, &b[c]);
+        }
+        for r in 0..R {
+            let z = simd.splat(z[r][k]);
+            for c in 0..C {
+                sums[r][c] = simd.mul_add(z, values[c], sums[r][c]);
+            }
+        }
+    }
+    sums
+}
+
+/// Adds one row's products to its output and does what comes after.
+#[inline(always)]
+fn finish<S: Simd, T: Element>(simd: S, sums: &[S::V], site: &Columns<'_, T>, column: usize, out: &mut [f32]) {
+    for (i, (sum, out)) in sums.iter().zip(out.chunks_mut(LANES)).enumerate() {
+        let columns = column + i * LANES..column + i * LANES + out.len();
+        let mut value = load_part(simd, out);
+        let bias = site.bias.map(|bias| &bias[columns.clone()]);
+        if let (None, Some(bias)) = (site.output_scale, bias) {
+            value = simd.add(value, load_part(simd, bias));
+        }
+        value = simd.add(value, *sum);
+        if let Some(bias) = site.b_bias {
+            value = simd.add(value, load_part(simd, &bias[columns.clone()]));
+        }
+        if let Some(scale) = site.output_scale {
+            value = simd.mul(value, load_part(simd, &scale[columns.clone()]));
+        }
+        if let (Some(_), Some(bias)) = (site.output_scale, bias) {
+            value = simd.add(value, load_part(simd, bias));
+        }
+        store_part(simd, value, out);
+    }
+}
+
+/// [`expand`] for the last columns, fewer than a vector. Returns 1, a vector of columns.
+#[inline(always)]
+fn expand_rest<S: Simd, T: Element>(
+    simd: S,
+    shrunk: &[f32],
+    site: &Columns<'_, T>,
+    place: (usize, usize),
+    count: usize,
+    out: &mut impl Outputs,
+) -> usize {
+    for (row, z) in shrunk.chunks_exact(site.rank).enumerate() {
+        let mut sum = simd.splat(0.0);
+        for (k, z) in z.iter().enumerate() {
+            let b = load_part(simd, &site.b[k * site.outputs + place.0..][..count]);
+            sum = simd.mul_add(simd.splat(*z), b, sum);
+        }
+        finish(simd, &[sum], site, place.0, &mut out.row(row)[place.1..][..count]);
+    }
+    1
+}

@@ -1,0 +1,265 @@
+//! The CPU backend.
+//!
+//! [`Cpu`] joins the operations; each is a module of its own that takes the thread [`pool`] and the instruction set
+//! ([`isa`]) first. Weights are repacked at load ([`pack`]) into panels that the kernels of [`linear`] read from end to end.
+//! docs/cpu.md explains the layout and what bounds each shape.
+
+pub mod attention;
+pub mod ceilings;
+pub mod embed;
+pub mod isa;
+pub mod kv;
+pub mod linear;
+pub mod lora;
+pub mod norm;
+pub mod pack;
+pub mod pool;
+pub mod rope;
+pub mod sample;
+pub mod swiglu;
+pub mod tensor;
+pub mod vector_math;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use openlora_types::{AdapterWeights, Token};
+
+use crate::{
+    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Precision, SampleRow, SampledRow,
+    StepRows, TensorSource,
+};
+use attention::{Attend, AttentionScratch};
+use embed::CpuEmbedding;
+pub use isa::Isa;
+use kv::CpuKv;
+use linear::{CpuLinear, LinearScratch};
+use lora::{Adapt, CpuAdapter, LoraScratch};
+pub use pool::Pool;
+use sample::SampleScratch;
+pub use tensor::CpuTensor;
+
+/// The linears of a layer that are fused at most: q, k and v.
+const FUSED_SITES_MAX: usize = 3;
+
+/// The processor as a [`Backend`].
+///
+/// Operations run one at a time: the caller's thread and the pool's threads share each of them. A panic on any thread makes
+/// this and all later operations fail with [`KernelError::ThreadPanicked`].
+#[derive(Debug)]
+pub struct Cpu {
+    pool: Pool,
+    isa: Isa,
+    precision: Precision,
+    scratch: Mutex<Scratch>,
+}
+
+/// Buffers that operations reuse, so that no step allocates: they grow while things are loaded.
+#[derive(Debug)]
+struct Scratch {
+    /// Rows of the largest tensor so far.
+    rows_max: usize,
+    /// Inputs of the widest linear so far.
+    inputs_max: usize,
+    linear: LinearScratch,
+    lora: LoraScratch,
+    attention: AttentionScratch,
+    sample: SampleScratch,
+}
+
+impl Cpu {
+    /// A backend of `threads` threads, the caller's included. `isa` is [`Isa::detect`] except in tests.
+    ///
+    /// # Errors
+    /// [`KernelError::Threads`] when the threads cannot be started.
+    pub fn new(threads: usize, precision: Precision, isa: Isa) -> Result<Self, KernelError> {
+        let scratch = Scratch {
+            rows_max: 0,
+            inputs_max: 0,
+            linear: LinearScratch::new()?,
+            lora: LoraScratch::default(),
+            attention: AttentionScratch::default(),
+            sample: SampleScratch::default(),
+        };
+        Ok(Self { pool: Pool::new(threads)?, isa, precision, scratch: Mutex::new(scratch) })
+    }
+
+    /// Not contended in a step: operations come from one thread, and loading beside them holds it for moments only.
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Scratch {
+    fn grow(&mut self, threads: usize, rows: usize, inputs: usize) -> Result<(), KernelError> {
+        self.rows_max = self.rows_max.max(rows);
+        self.inputs_max = self.inputs_max.max(inputs);
+        self.linear.reserve(threads, self.rows_max, self.inputs_max)
+    }
+}
+
+impl Backend for Cpu {
+    type Linear = CpuLinear;
+    type Embedding = CpuEmbedding;
+    type Vector = Vec<f32>;
+    type Adapter = CpuAdapter;
+    type Kv = CpuKv;
+    type Tensor = CpuTensor;
+
+    fn describe(&self) -> String {
+        let (threads, precision) = (self.pool.threads(), self.precision);
+        let plural = if threads == 1 { "" } else { "s" };
+        let precision = match precision {
+            Precision::Quantised => "quantised",
+            Precision::F32 => "f32",
+        };
+        format!("cpu {}, {threads} thread{plural}, {precision}", self.isa.name())
+    }
+
+    fn load_linear(&self, spec: &LinearSpec<'_>) -> Result<CpuLinear, KernelError> {
+        let linear = CpuLinear::load(&self.pool, spec, self.precision)?;
+        self.scratch().grow(self.pool.threads(), 0, linear.panels.inputs)?;
+        Ok(linear)
+    }
+
+    fn load_embedding(
+        &self,
+        source: &TensorSource<'_>,
+        owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        offset: usize,
+    ) -> Result<CpuEmbedding, KernelError> {
+        CpuEmbedding::new(source, owner, offset)
+    }
+
+    fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
+        Ok(values.to_vec())
+    }
+
+    fn load_adapter(
+        &self,
+        weights: &AdapterWeights,
+        output_scales: &[Option<Vec<f32>>],
+        layers: usize,
+    ) -> Result<CpuAdapter, KernelError> {
+        let adapter = CpuAdapter::load(weights, output_scales, layers, self.precision)?;
+        let mut scratch = self.scratch();
+        let rows = scratch.rows_max;
+        scratch.lora.reserve(rows, weights.rank_max() * FUSED_SITES_MAX);
+        Ok(adapter)
+    }
+
+    fn adapter_bytes(&self, adapter: &CpuAdapter) -> usize {
+        adapter.byte_len()
+    }
+
+    fn new_kv(&self, spec: &AttentionSpec, layers: usize, blocks: usize) -> Result<CpuKv, KernelError> {
+        CpuKv::new(spec, layers, blocks, self.precision)
+    }
+
+    fn kv_block_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize {
+        kv::block_bytes(spec, layers, self.precision)
+    }
+
+    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<CpuTensor, KernelError> {
+        self.scratch().grow(self.pool.threads(), rows_max, 0)?;
+        CpuTensor::new(rows_max, width)
+    }
+
+    fn read_tensor(&self, tensor: &CpuTensor) -> Vec<f32> {
+        tensor.values().to_vec()
+    }
+
+    fn embed(
+        &self,
+        table: &CpuEmbedding,
+        tokens: &[Token],
+        lora: &LoraRows<'_, CpuAdapter>,
+        out: &mut CpuTensor,
+    ) -> Result<(), KernelError> {
+        embed::embed(&self.pool, self.isa, table, tokens, *lora, out, &mut self.scratch().lora);
+        self.pool.check()
+    }
+
+    fn add_rms_norm(
+        &self,
+        residual: &mut CpuTensor,
+        delta: Option<&CpuTensor>,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut CpuTensor,
+    ) -> Result<(), KernelError> {
+        norm::add_rms_norm(&self.pool, self.isa, residual, delta, weight, eps, out);
+        self.pool.check()
+    }
+
+    fn linear(
+        &self,
+        linear: &CpuLinear,
+        lora: &LoraRows<'_, CpuAdapter>,
+        x: &CpuTensor,
+        out: &mut CpuTensor,
+    ) -> Result<(), KernelError> {
+        let scratch = &mut *self.scratch();
+        linear::multiply(&self.pool, self.isa, linear, x, out, &mut scratch.linear)?;
+        // DoRA scales W x + s B A x before the bias is added, so with it among the adapters the bias comes last.
+        let bias = linear.bias.as_deref();
+        let bias_last = bias.filter(|_| lora::rescales(&linear.sites, *lora));
+        if let Some(bias) = bias
+            && bias_last.is_none()
+        {
+            linear::add_bias(&self.pool, bias, out);
+        }
+        let adapt = Adapt { sites: &linear.sites, lora: *lora, bias: bias_last };
+        lora::apply(&self.pool, self.isa, adapt, x, out, &mut scratch.lora);
+        self.pool.check()
+    }
+
+    fn rope_and_store(
+        &self,
+        spec: &AttentionSpec,
+        step: &StepRows<'_>,
+        layer: LayerAttention<'_, Self>,
+        qkv: &mut CpuTensor,
+        kv: &mut CpuKv,
+    ) -> Result<(), KernelError> {
+        rope::rope_and_store(&self.pool, self.isa, spec, step, layer, qkv, kv);
+        self.pool.check()
+    }
+
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        step: &StepRows<'_>,
+        layer: LayerAttention<'_, Self>,
+        qkv: &CpuTensor,
+        kv: &CpuKv,
+        out: &mut CpuTensor,
+    ) -> Result<(), KernelError> {
+        let attend = Attend { spec, step, layer };
+        attention::attention(&self.pool, self.isa, attend, qkv, kv, out, &mut self.scratch().attention);
+        self.pool.check()
+    }
+
+    fn swiglu(&self, gate_up: &CpuTensor, out: &mut CpuTensor) -> Result<(), KernelError> {
+        swiglu::swiglu(&self.pool, self.isa, gate_up, out);
+        self.pool.check()
+    }
+
+    fn gather_rows(&self, x: &CpuTensor, rows: &[u32], out: &mut CpuTensor) -> Result<(), KernelError> {
+        assert_eq!(x.width(), out.width(), "width of gathered rows");
+        out.set_rows(rows.len());
+        for (i, row) in rows.iter().enumerate() {
+            out.row_mut(i).copy_from_slice(x.row(*row as usize));
+        }
+        Ok(())
+    }
+
+    fn sample(
+        &self,
+        logits: &mut CpuTensor,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<SampledRow>,
+    ) -> Result<(), KernelError> {
+        sample::sample(&self.pool, self.isa, logits, rows, out, &mut self.scratch().sample);
+        self.pool.check()
+    }
+}

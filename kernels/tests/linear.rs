@@ -1,0 +1,130 @@
+//! The CPU's linear: the conformance checks on every instruction set this machine has, and that neither threads nor
+//! instruction sets change a result beyond what they may.
+
+use openlora_kernels::cpu::{Cpu, Isa};
+use openlora_kernels::{Backend, BlockFormat, KernelError, LinearSpec, Precision, TensorSource, conformance};
+use openlora_types::{Module, Site};
+
+const PRECISIONS: [Precision; 2] = [Precision::Quantised, Precision::F32];
+
+fn cpu(threads: usize, precision: Precision, isa: Isa) -> Cpu {
+    Cpu::new(threads, precision, isa).expect("threads")
+}
+
+#[test]
+fn every_format_size_and_row_count_agrees_with_the_reference() {
+    for isa in Isa::available() {
+        for precision in PRECISIONS {
+            conformance::linear_agrees_with_reference(&cpu(2, precision, *isa), precision);
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_and_in_any_batch() {
+    for isa in Isa::available() {
+        for precision in PRECISIONS {
+            conformance::linear_rows_do_not_depend_on_each_other(&cpu(2, precision, *isa));
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let rows: Vec<usize> = (0..133).rev().collect();
+    for isa in Isa::available() {
+        for precision in PRECISIONS {
+            let one = conformance::linear_rows(&cpu(1, precision, *isa), &rows);
+            for threads in [2, 3, 7] {
+                assert_eq!(conformance::linear_rows(&cpu(threads, precision, *isa), &rows), one, "{threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn instruction_sets_differ_by_rounding_only() {
+    let rows: Vec<usize> = (0..40).collect();
+    for precision in PRECISIONS {
+        let portable = conformance::linear_rows(&cpu(1, precision, Isa::Portable), &rows);
+        for isa in Isa::available() {
+            let found = conformance::linear_rows(&cpu(1, precision, *isa), &rows);
+            for (found, portable) in found.iter().zip(&portable) {
+                let largest = portable.iter().map(|bits| f32::from_bits(*bits).abs()).fold(0.0, f32::max);
+                for (found, portable) in found.iter().zip(portable) {
+                    let error = (f32::from_bits(*found) - f32::from_bits(*portable)).abs();
+                    assert!(error <= 4e-6 * largest, "{} differs by {error} of {largest}", isa.name());
+                }
+            }
+        }
+    }
+}
+
+/// `[rows, 32]` f32 weights that are all `value`.
+fn flat(value: f32, rows: usize) -> Vec<u8> {
+    std::iter::repeat_n(value.to_le_bytes(), rows * 32).flatten().collect()
+}
+
+fn source(bytes: &[u8], rows: usize, cols: usize) -> TensorSource<'_> {
+    TensorSource { name: "blk.0.q", format: BlockFormat::F32, rows, cols, bytes, row_order: None }
+}
+
+#[test]
+fn linears_whose_parts_do_not_fit_are_refused_by_name() {
+    let bytes = flat(1.0, 4);
+    let sound = LinearSpec { parts: vec![source(&bytes, 4, 32)], bias: None, sites: Vec::new() };
+    let span = |outputs| openlora_kernels::SiteSpan { site: Site { layer: 0, module: Module::Q }, index: 0, outputs };
+    let cases = [
+        (LinearSpec { parts: vec![source(&bytes, 4, 31)], ..sound.clone() }, "blk.0.q: expected 496 bytes for F32"),
+        (
+            LinearSpec { parts: vec![source(&bytes, 4, 32), source(&bytes, 8, 16)], ..sound.clone() },
+            "blk.0.q: 16 inputs, but the linear it is part of has 32",
+        ),
+        (LinearSpec { bias: Some(vec![0.0; 3]), ..sound.clone() }, "blk.0.q: 3 bias values, but the linear it is part of has 4"),
+        (LinearSpec { sites: vec![span(0..5)], ..sound.clone() }, "blk.0.q: 5 outputs up to its last site"),
+    ];
+    for precision in PRECISIONS {
+        let cpu = cpu(1, precision, Isa::detect());
+        cpu.load_linear(&sound).expect("sound");
+        for (spec, message) in &cases {
+            let error = cpu.load_linear(spec).expect_err(message).to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_not_numbers_never_become_a_loaded_linear() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut bytes = flat(1.0, 40);
+        bytes[37 * 128 + 64..][..4].copy_from_slice(&bad.to_le_bytes());
+        let infinite_scale = [[0x00, 0x7c].as_slice(), &[1; 32]].concat();
+        for precision in PRECISIONS {
+            let cpu = cpu(2, precision, Isa::detect());
+            let spec = LinearSpec { parts: vec![source(&bytes, 40, 32)], bias: None, sites: Vec::new() };
+            let error = cpu.load_linear(&spec).expect_err("not finite");
+            assert!(matches!(&error, KernelError::WeightRange { name, row: 37 } if name == "blk.0.q"), "{error}");
+            let q8 = TensorSource { format: BlockFormat::Q8_0, ..source(&infinite_scale, 1, 32) };
+            let error = cpu.load_linear(&LinearSpec { parts: vec![q8], bias: None, sites: Vec::new() });
+            assert!(matches!(error, Err(KernelError::WeightRange { .. })), "an infinite scale");
+        }
+    }
+}
+
+#[test]
+fn row_order_is_applied_when_packing() {
+    let bytes: Vec<u8> = (0..40).flat_map(|row| flat(row as f32, 1)).collect();
+    let order: Vec<u32> = (0..40).rev().collect();
+    for precision in PRECISIONS {
+        let cpu = cpu(2, precision, Isa::detect());
+        let part = TensorSource { row_order: Some(&order), ..source(&bytes, 40, 32) };
+        let linear = cpu.load_linear(&LinearSpec { parts: vec![part], bias: None, sites: Vec::new() }).expect("sound");
+        let x = conformance::upload(&cpu, &[1.0; 32], 32);
+        let mut out = cpu.new_tensor(1, 40).expect("memory");
+        cpu.linear(&linear, &openlora_kernels::LoraRows { segments: &[] }, &x, &mut out).expect("linear");
+        for (output, found) in cpu.read_tensor(&out).iter().enumerate() {
+            let expected = (39 - output) as f32 * 32.0;
+            assert!((found - expected).abs() <= expected * 1e-3, "output {output}: {found}, expected {expected}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The forward pass: one page for every family, because they differ in data (biases, norms, windows, angles) and not in
+//! the sequence of operations.
+
+use openlora_kernels::{Backend, LayerAttention, LoraRows, StepRows};
+
+use crate::error::ModelError;
+use crate::weights::{Layer, Model};
+
+/// The buffers of one forward pass, allocated once for the largest step.
+pub struct Activations<B: Backend> {
+    /// The residual stream, `[rows, hidden]`.
+    residual: B::Tensor,
+    /// Output of the last norm, `[rows, hidden]`.
+    normed: B::Tensor,
+    /// `[rows, (heads + 2 kv_heads) head_dim]`
+    qkv: B::Tensor,
+    /// `[rows, heads head_dim]`
+    attended: B::Tensor,
+    /// What the next norm adds to the residual, `[rows, hidden]`.
+    delta: B::Tensor,
+    /// `[rows, 2 intermediate]`
+    gate_up: B::Tensor,
+    /// `[rows, intermediate]`
+    activated: B::Tensor,
+    /// Rows that get logits, `[logit rows, hidden]`.
+    gathered: B::Tensor,
+    /// `[logit rows, vocab]`
+    logits: B::Tensor,
+    /// Rows of the last forward.
+    rows: usize,
+}
+
+impl<B: Backend> Activations<B> {
+    /// The hidden rows after the final norm, `[rows, hidden]` of the last forward.
+    pub fn hidden(&self) -> &B::Tensor {
+        &self.normed
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// Allocates the buffers of a forward pass.
+    ///
+    /// # Errors
+    /// Memory.
+    pub fn new_activations(&self) -> Result<Activations<B>, ModelError> {
+        let shape = self.shape();
+        let (rows, logit_rows) = (self.options.max_rows, self.options.max_logit_rows);
+        let q = shape.heads * shape.head_dim;
+        let kv = shape.kv_heads * shape.head_dim;
+        let tensor = |rows, width| self.backend.new_tensor(rows, width);
+        Ok(Activations {
+            residual: tensor(rows, shape.hidden)?,
+            normed: tensor(rows, shape.hidden)?,
+            qkv: tensor(rows, q + 2 * kv)?,
+            attended: tensor(rows, q)?,
+            delta: tensor(rows, shape.hidden)?,
+            gate_up: tensor(rows, 2 * shape.intermediate)?,
+            activated: tensor(rows, shape.intermediate)?,
+            gathered: tensor(logit_rows, shape.hidden)?,
+            logits: tensor(logit_rows, shape.vocab)?,
+            rows: 0,
+        })
+    }
+
+    /// Computes the rows of a step, writing their keys and values into `kv`, and leaves the hidden rows after the final
+    /// norm in `act`. `lora` covers the step's rows. Allocates nothing.
+    ///
+    /// # Errors
+    /// A step that does not fit what the model was loaded for, or a device failure.
+    pub fn forward(
+        &self,
+        act: &mut Activations<B>,
+        step: &StepRows<'_>,
+        lora: &LoraRows<'_, B::Adapter>,
+        kv: &mut B::Kv,
+    ) -> Result<(), ModelError> {
+        self.check_step(step)?;
+        act.rows = step.tokens.len();
+        let backend = &*self.backend;
+        let eps = self.config().rms_eps;
+        backend.embed(&self.embedding, step.tokens, lora, &mut act.residual)?;
+        for (number, layer) in self.layers.iter().enumerate() {
+            // The first norm adds nothing; every later one adds what the layer before it left in `delta`.
+            let delta = (number > 0).then_some(&act.delta);
+            backend.add_rms_norm(&mut act.residual, delta, &layer.attention_norm, eps, &mut act.normed)?;
+            self.attend(act, number, layer, step, lora, kv)?;
+            backend.add_rms_norm(
+                &mut act.residual,
+                Some(&act.delta),
+                &layer.feed_forward_norm,
+                eps,
+                &mut act.normed,
+            )?;
+            backend.linear(&layer.gate_up, lora, &act.normed, &mut act.gate_up)?;
+            backend.swiglu(&act.gate_up, &mut act.activated)?;
+            backend.linear(&layer.down, lora, &act.activated, &mut act.delta)?;
+        }
+        backend.add_rms_norm(&mut act.residual, Some(&act.delta), &self.final_norm, eps, &mut act.normed)?;
+        Ok(())
+    }
+
+    fn attend(
+        &self,
+        act: &mut Activations<B>,
+        number: usize,
+        layer: &Layer<B>,
+        step: &StepRows<'_>,
+        lora: &LoraRows<'_, B::Adapter>,
+        kv: &mut B::Kv,
+    ) -> Result<(), ModelError> {
+        let (backend, spec) = (&*self.backend, &self.attention);
+        let attention = LayerAttention {
+            layer: number,
+            window: layer.window,
+            rope: &self.rope,
+            qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q, k)),
+        };
+        backend.linear(&layer.qkv, lora, &act.normed, &mut act.qkv)?;
+        backend.rope_and_store(spec, step, attention, &mut act.qkv, kv)?;
+        backend.attention(spec, step, attention, &act.qkv, kv, &mut act.attended)?;
+        backend.linear(&layer.o, lora, &act.attended, &mut act.delta)?;
+        Ok(())
+    }
+
+    /// Logits of the given rows of the last forward, `[rows, vocab]`, in that order. `lora` covers the gathered rows (an
+    /// adapter may target the head). Sampling may overwrite them; the hidden rows stay, so that a step with more rows than
+    /// `max_logit_rows` asks several times.
+    ///
+    /// # Errors
+    /// More rows than `max_logit_rows`, a row the last forward did not have, or a device failure.
+    pub fn logits<'a>(
+        &self,
+        act: &'a mut Activations<B>,
+        rows: &[u32],
+        lora: &LoraRows<'_, B::Adapter>,
+    ) -> Result<&'a mut B::Tensor, ModelError> {
+        within("number of logit rows", rows.len(), self.options.max_logit_rows)?;
+        if let Some(row) = rows.iter().find(|row| **row as usize >= act.rows) {
+            return Err(ModelError::Step { what: "logit row + 1", value: *row as usize + 1, max: act.rows });
+        }
+        self.backend.gather_rows(&act.normed, rows, &mut act.gathered)?;
+        self.backend.linear(&self.head, lora, &act.gathered, &mut act.logits)?;
+        Ok(&mut act.logits)
+    }
+
+    /// What kernels index with must be in range here, so that they need not check each element.
+    fn check_step(&self, step: &StepRows<'_>) -> Result<(), ModelError> {
+        let rows = step.tokens.len();
+        within("number of rows", rows, self.options.max_rows)?;
+        if step.positions.len() != rows {
+            return Err(ModelError::Step { what: "number of positions", value: step.positions.len(), max: rows });
+        }
+        if let Some(token) = step.tokens.iter().max() {
+            within("largest token + 1", *token as usize + 1, self.shape().vocab)?;
+        }
+        if let Some(position) = step.positions.iter().max() {
+            within("largest position + 1", *position as usize + 1, self.options.max_position)?;
+        }
+        let mut next = 0;
+        for sequence in step.sequences {
+            if sequence.row != next || sequence.rows == 0 {
+                return Err(ModelError::Step { what: "sequence's first row", value: sequence.row, max: next });
+            }
+            next += sequence.rows;
+            within("number of rows in sequences", next, rows)?;
+            within("end of a block table", sequence.table + sequence.blocks, step.block_tables.len())?;
+            let last = step.positions[next - 1] as usize;
+            within("blocks needed", last / self.attention.block_size + 1, sequence.blocks)?;
+        }
+        if next != rows {
+            return Err(ModelError::Step { what: "number of rows", value: rows, max: next });
+        }
+        Ok(())
+    }
+}
+
+fn within(what: &'static str, value: usize, max: usize) -> Result<(), ModelError> {
+    if value > max {
+        return Err(ModelError::Step { what, value, max });
+    }
+    Ok(())
+}

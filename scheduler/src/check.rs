@@ -1,0 +1,65 @@
+//! The invariants that can be seen from inside, checked all at once.
+
+use crate::Scheduler;
+use crate::sequence::Phase;
+
+impl Scheduler {
+    /// Panics, saying what is broken, unless every block, queue entry and count agrees with the sequences. Takes time
+    /// proportional to the pool and the queue: for simulations, tests and idle moments.
+    pub fn check_invariants(&self) {
+        let mut named = vec![0; self.pool.len()];
+        let (mut running, mut deadlines) = (0, 0);
+        for (slot, sequence) in self.slots.iter() {
+            let id = sequence.id;
+            assert_eq!(self.slots.find(id), Some(slot), "{id} is not found in its slot");
+            assert_eq!(sequence.ticket.slot, slot, "the ticket of {id} names another slot");
+            for &block in &sequence.blocks {
+                named[block as usize] += 1;
+            }
+            let placed = sequence.computed + sequence.in_flight;
+            assert!(placed <= sequence.tokens.len(), "{id} has more rows than tokens");
+            assert!(sequence.tokens.len() < sequence.tokens_max(), "{id} outlived its last token");
+            assert_eq!(sequence.blocks.len(), self.config.blocks_for(placed), "blocks of {id} for {placed} tokens");
+            assert!(
+                sequence.published * self.config.block_size <= sequence.computed,
+                "{id} published what is not computed"
+            );
+            let listed = self.running.iter().filter(|&&other| other == slot).count();
+            match sequence.phase {
+                Phase::Waiting => assert_eq!((placed, listed), (0, 0), "{id} waits and holds blocks or runs"),
+                Phase::Running => {
+                    assert_eq!(listed, 1, "{id} runs as often as it is listed");
+                    running += 1;
+                }
+            }
+            let listed = self.in_flight.contains(&slot);
+            assert_eq!(listed, sequence.in_flight > 0, "whether {id} is in flight");
+            if let Some(deadline) = sequence.deadline {
+                assert!(self.deadlines.contains(&(deadline, id)), "the deadline of {id} is not watched");
+                deadlines += 1;
+            }
+        }
+        assert_eq!((running, deadlines), (self.running.len(), self.deadlines.len()), "running sequences and deadlines");
+        assert!(running <= self.config.max_num_seqs, "{running} sequences run, more than max_num_seqs");
+        self.pool.check(&named);
+        self.queue.check(self.slots.iter().map(|(_, sequence)| (sequence.ticket, sequence.phase == Phase::Waiting)));
+        self.check_adapters();
+    }
+
+    fn check_adapters(&self) {
+        let running = self.running.iter().map(|&slot| &self.slots[slot]);
+        let mut generations: Vec<_> = running.filter_map(|sequence| sequence.ticket.generation).collect();
+        for generation in &generations {
+            let count = generations.iter().filter(|other| *other == generation).count();
+            assert_eq!(self.adapters.running(generation) as usize, count, "running sequences of {generation:?}");
+        }
+        generations.sort_unstable();
+        generations.dedup();
+        assert_eq!(self.adapters.len(), generations.len(), "active adapters");
+        assert!(generations.len() <= self.config.max_loras, "more adapters run than max_loras");
+        if let Some(slot) = self.reserved {
+            let waits = self.slots.is_live(slot) && self.slots[slot].phase == Phase::Waiting;
+            assert!(waits, "a place is kept for the adapter of a sequence that does not wait");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! The one hand-off between scheduler and engine: a [`StepPlan`] out, [`SequenceResult`]s back.
+
+use openlora_types::{Generation, SequenceId, Token};
+
+/// What one step computes. The engine runs it and calls [`Scheduler::update`](crate::Scheduler::update) before asking for
+/// the next. Reusable: [`Scheduler::schedule_into`](crate::Scheduler::schedule_into) keeps the buffers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepPlan {
+    /// Sequences with rows in this step, ordered by generation, the base model (`None`) first: an adapter's rows are
+    /// neighbours. Within a generation the best-ranked come first.
+    pub sequences: Vec<ScheduledSequence>,
+    /// The block tables of all sequences, one after the other; see [`ScheduledSequence::table`].
+    pub block_tables: Vec<u32>,
+    /// Sequences put back to waiting for want of blocks. They keep their tokens and are recomputed later.
+    pub preempted: Vec<SequenceId>,
+    /// Sequences whose deadline has passed: ended, their blocks freed, forgotten.
+    pub expired: Vec<SequenceId>,
+    /// Sum of `rows` over `sequences`; at most `max_num_batched_tokens`.
+    pub total_rows: usize,
+}
+
+impl StepPlan {
+    /// The block table of one of this plan's sequences: block `i` holds the positions `i * block_size ..`.
+    #[must_use]
+    pub fn table(&self, sequence: &ScheduledSequence) -> &[u32] {
+        &self.block_tables[sequence.table..sequence.table + sequence.blocks]
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.sequences.clear();
+        self.block_tables.clear();
+        self.preempted.clear();
+        self.expired.clear();
+        self.total_rows = 0;
+    }
+}
+
+/// The rows of one sequence in a step: its tokens `start..start + rows`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScheduledSequence {
+    /// Whose.
+    pub id: SequenceId,
+    /// Its adapter; `None` is the base model.
+    pub generation: Option<Generation>,
+    /// Tokens whose keys and values are in the blocks already; the position of the first row.
+    pub start: usize,
+    /// Rows to compute, at least 1.
+    pub rows: usize,
+    /// Where its block table starts in [`StepPlan::block_tables`].
+    pub table: usize,
+    /// Blocks in its table: enough for `start + rows` tokens.
+    pub blocks: usize,
+    /// Whether the last row is the sequence's last token, so that a token is sampled from it.
+    pub samples: bool,
+    /// Tokens found in the prefix cache, in the step in which the sequence is admitted or readmitted; 0 in all others.
+    pub cached_tokens: usize,
+}
+
+/// What became of one scheduled sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SequenceResult {
+    /// Whose.
+    pub id: SequenceId,
+    /// The sampled token; only where the plan said [`ScheduledSequence::samples`].
+    pub token: Option<Token>,
+    /// Whether the sequence ends here.
+    pub finished: bool,
+}

@@ -1,0 +1,257 @@
+//! The scheduler's doors but one: sequences come in, results come back, sequences go. The step itself is in `step.rs`.
+
+use std::collections::{BTreeSet, HashSet};
+use std::hash::{BuildHasherDefault, DefaultHasher};
+
+use openlora_types::{InvalidField, SequenceId, Time, Token};
+
+use crate::active_adapters::ActiveAdapters;
+use crate::block_pool::BlockPool;
+use crate::prefix_cache::BlockKey;
+use crate::queue::{Queue, Ticket};
+use crate::sequence::{NewSequence, Phase, Sequence, Slots};
+use crate::step::Chosen;
+use crate::{SchedulerConfig, SequenceResult, Stats, SubmitError};
+
+/// Between these [`SubmitError::QueueFull`] tells when to retry, in microseconds.
+const RETRY_MICROS: std::ops::RangeInclusive<u64> = 10_000..=30_000_000;
+
+/// Decides what each step computes. One instance per engine; see the crate's page for its invariants.
+///
+/// The engine's loop is [`Scheduler::schedule_into`], run the plan, [`Scheduler::update`]. [`Scheduler::submit`] and
+/// [`Scheduler::abort`] may come at any point of it.
+#[derive(Debug)]
+pub struct Scheduler {
+    pub(crate) config: SchedulerConfig,
+    pub(crate) slots: Slots,
+    pub(crate) queue: Queue,
+    pub(crate) pool: BlockPool,
+    pub(crate) adapters: ActiveAdapters,
+    /// Running sequences; ordered by rank during a step.
+    pub(crate) running: Vec<u32>,
+    /// Sequences of the step that is being computed.
+    pub(crate) in_flight: Vec<u32>,
+    pub(crate) deadlines: BTreeSet<(Time, SequenceId)>,
+    /// A waiting sequence that had its turn and found no place for its adapter: the next place is kept for it.
+    pub(crate) reserved: Option<u32>,
+    /// What the step being planned has chosen so far.
+    pub(crate) chosen: Vec<Chosen>,
+    /// Blocks that the step being planned will fill.
+    pub(crate) filling: HashSet<BlockKey, BuildHasherDefault<DefaultHasher>>,
+    pub(crate) stats: Stats,
+    submissions: u64,
+    pace: Pace,
+}
+
+impl Scheduler {
+    /// An empty scheduler; every block is free.
+    ///
+    /// # Panics
+    /// If [`SchedulerConfig::validate`] refuses `config`.
+    #[must_use]
+    pub fn new(config: SchedulerConfig) -> Self {
+        if let Err(error) = config.validate() {
+            panic!("the scheduler's configuration was not validated: {error}");
+        }
+        Self {
+            slots: Slots::default(),
+            queue: Queue::new(config.starvation_micros),
+            pool: BlockPool::new(config.num_blocks),
+            adapters: ActiveAdapters::with_capacity(config.max_loras.min(config.max_num_seqs)),
+            running: Vec::with_capacity(config.max_num_seqs),
+            in_flight: Vec::with_capacity(config.max_num_seqs),
+            deadlines: BTreeSet::new(),
+            reserved: None,
+            chosen: Vec::with_capacity(config.max_num_seqs),
+            filling: HashSet::default(),
+            stats: Stats { blocks_total: config.num_blocks, ..Stats::default() },
+            submissions: 0,
+            pace: Pace::default(),
+            config,
+        }
+    }
+
+    /// The limits it was made with.
+    #[must_use]
+    pub fn config(&self) -> &SchedulerConfig {
+        &self.config
+    }
+
+    /// Puts a sequence into the queue.
+    ///
+    /// # Errors
+    /// [`SubmitError::Invalid`] for an empty prompt or no tokens to generate, [`SubmitError::TooLong`] for a sequence that
+    /// would not fit the pool even alone, [`SubmitError::QueueFull`] above `max_waiting`, [`SubmitError::DuplicateId`].
+    pub fn submit(&mut self, now: Time, new: NewSequence) -> Result<(), SubmitError> {
+        self.admissible(&new)?;
+        let tenant = self.queue.join(&new.tenant);
+        let (priority, generation, order) = (new.priority, new.generation, self.submissions);
+        self.submissions += 1;
+        if let Some(deadline) = new.deadline {
+            self.deadlines.insert((deadline, new.id));
+        }
+        let slot = self.slots.insert(|slot| {
+            let mut sequence = Sequence::new(new, Ticket { slot, tenant, priority, generation, order, arrival: now });
+            if self.config.prefix_cache {
+                sequence.extend_keys(self.config.block_size);
+            }
+            sequence
+        });
+        self.queue.submit(self.slots[slot].ticket, now);
+        Ok(())
+    }
+
+    fn admissible(&self, new: &NewSequence) -> Result<(), SubmitError> {
+        if new.prompt.is_empty() {
+            return Err(InvalidField::new("prompt", "must have at least one token").into());
+        }
+        if new.max_tokens == 0 {
+            return Err(InvalidField::new("sampling.max_tokens", "must be at least 1").into());
+        }
+        let (tokens, max) = (new.prompt.len().saturating_add(new.max_tokens as usize), self.config.pool_tokens());
+        if tokens > max {
+            return Err(SubmitError::TooLong { tokens, max });
+        }
+        if self.slots.find(new.id).is_some() {
+            return Err(SubmitError::DuplicateId(new.id));
+        }
+        let (waiting, max) = (self.queue.waiting(), self.config.max_waiting);
+        if waiting >= max {
+            return Err(SubmitError::QueueFull { waiting, max, retry_after_micros: self.pace.retry_after_micros() });
+        }
+        Ok(())
+    }
+
+    /// Ends a sequence and frees its blocks at once, whatever it was doing; a result that is still on its way for it is
+    /// dropped by [`Scheduler::update`]. Returns whether the sequence was live.
+    pub fn abort(&mut self, id: SequenceId) -> bool {
+        let Some(slot) = self.slots.find(id) else { return false };
+        self.in_flight.retain(|&other| other != slot);
+        self.end(slot);
+        self.stats.aborted_total += 1;
+        true
+    }
+
+    /// Advances what the last plan scheduled: its rows are computed, sampled tokens are appended, finished sequences end.
+    /// A sequence also ends when it has `max_tokens` generated tokens. Sequences whose rows sample nothing need no result;
+    /// results of sequences that are not live (aborted since) are dropped.
+    ///
+    /// # Panics
+    /// If a result is for a sequence that the last plan did not schedule, or a sequence that samples has neither a token
+    /// nor is finished, or one that does not sample has a token: the engine ran another plan.
+    pub fn update(&mut self, now: Time, results: &[SequenceResult]) {
+        for result in results {
+            if let Some(slot) = self.slots.find(result.id) {
+                self.advance(slot, result.token, result.finished, now);
+            }
+        }
+        for at in 0..self.in_flight.len() {
+            let slot = self.in_flight[at];
+            if self.slots.is_live(slot) && self.slots[slot].in_flight > 0 {
+                self.advance(slot, None, false, now);
+            }
+        }
+        self.in_flight.clear();
+    }
+
+    fn advance(&mut self, slot: u32, token: Option<Token>, finished: bool, now: Time) {
+        let sequence = &mut self.slots[slot];
+        assert!(sequence.in_flight > 0, "{} has a result but no rows in the last plan", sequence.id);
+        sequence.computed += std::mem::take(&mut sequence.in_flight);
+        let samples = sequence.computed == sequence.tokens.len();
+        if let Some(token) = token {
+            assert!(samples, "{} has a token but its last plan ended before its last token", sequence.id);
+            sequence.tokens.push(token);
+            self.queue.charge(sequence.ticket.tenant, self.config.output_weight);
+            if self.config.prefix_cache {
+                sequence.extend_keys(self.config.block_size);
+            }
+        } else {
+            assert!(!samples || finished, "{} was to sample a token and has none", sequence.id);
+        }
+        sequence.publish(&mut self.pool, self.config.block_size);
+        if finished || sequence.tokens.len() >= sequence.tokens_max() {
+            self.end(slot);
+            self.stats.finished_total += 1;
+            self.pace.departure(now);
+        }
+    }
+
+    /// Frees all that a live sequence holds and forgets it.
+    pub(crate) fn end(&mut self, slot: u32) {
+        match self.slots[slot].phase {
+            Phase::Waiting => self.queue.remove(&self.slots[slot].ticket),
+            Phase::Running => {
+                self.running.retain(|&other| other != slot);
+                self.vacate(slot);
+            }
+        }
+        if self.reserved == Some(slot) {
+            self.reserved = None;
+        }
+        let sequence = self.slots.remove(slot);
+        if let Some(deadline) = sequence.deadline {
+            self.deadlines.remove(&(deadline, sequence.id));
+        }
+        self.queue.leave(sequence.ticket.tenant);
+    }
+
+    /// Takes a running sequence's blocks and its place among the adapters back.
+    pub(crate) fn vacate(&mut self, slot: u32) {
+        let sequence = &mut self.slots[slot];
+        self.pool.release_all(&mut sequence.blocks);
+        sequence.computed = 0;
+        sequence.in_flight = 0;
+        sequence.published = 0;
+        sequence.phase = Phase::Waiting;
+        if let Some(generation) = &sequence.ticket.generation {
+            self.adapters.leave(generation);
+        }
+    }
+
+    /// Prompt and generated tokens of a live sequence.
+    #[must_use]
+    pub fn tokens(&self, id: SequenceId) -> Option<&[Token]> {
+        self.slots.find(id).map(|slot| self.slots[slot].tokens.as_slice())
+    }
+
+    /// Whether there is anything to schedule.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.slots.len() == 0
+    }
+
+    /// The counters as of now.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            running: self.running.len(),
+            waiting: self.queue.waiting(),
+            adapters_running: self.adapters.len(),
+            blocks_free: self.pool.available(),
+            blocks_cached: self.pool.cached(),
+            ..self.stats
+        }
+    }
+}
+
+/// How fast sequences end: a place in a full queue becomes free when one of the running ones ends.
+#[derive(Debug, Default)]
+struct Pace {
+    last: Time,
+    /// Moving average of the time between two ends, weight 1/8.
+    interval_micros: u64,
+}
+
+impl Pace {
+    fn departure(&mut self, now: Time) {
+        // An interval longer than the longest retry time was idleness, not work.
+        let interval = now.since_micros(self.last).min(*RETRY_MICROS.end());
+        self.interval_micros = (self.interval_micros * 7 + interval) / 8;
+        self.last = now;
+    }
+
+    fn retry_after_micros(&self) -> u64 {
+        self.interval_micros.clamp(*RETRY_MICROS.start(), *RETRY_MICROS.end())
+    }
+}

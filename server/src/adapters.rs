@@ -1,0 +1,184 @@
+//! `openlora.v1.Adapters`: the adapters room over the wire. Everything here may touch a disk, so everything runs on
+//! threads that may block.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use openlora_adapters::{AdapterError, AdapterInfo, AdapterStore};
+use openlora_proto::v1 as wire;
+use openlora_proto::v1::adapters_server::Adapters;
+use openlora_types::{Alias, Generation, InvalidField};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::app::State;
+use crate::auth::Caller;
+use crate::convert::parse_generation;
+use crate::{ServerError, upload};
+
+const PAGE_SIZE_DEFAULT: u32 = 100;
+const PAGE_SIZE_MAX: u32 = 1_000;
+/// Bytes of a path that is looked at: Linux's own limit.
+const PATH_BYTES_MAX: usize = 4_096;
+
+/// The service.
+pub(crate) struct AdaptersService {
+    pub(crate) state: Arc<State>,
+}
+
+impl AdaptersService {
+    fn alias(&self, text: &str) -> Result<Alias, ServerError> {
+        Ok(Alias::parse("alias", text, &self.state.config.limits)?)
+    }
+
+    async fn store<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&AdapterStore) -> Result<T, AdapterError> + Send + 'static,
+    ) -> Result<T, ServerError> {
+        let store = Arc::clone(&self.state.app.store);
+        let task = tokio::task::spawn_blocking(move || work(&store));
+        Ok(task.await.map_err(|_| ServerError::Internal("the adapter store panicked"))??)
+    }
+}
+
+#[tonic::async_trait]
+impl Adapters for AdaptersService {
+    async fn register(
+        &self,
+        request: Request<wire::RegisterAdapterRequest>,
+    ) -> Result<Response<wire::Adapter>, Status> {
+        let _busy = self.state.begin();
+        let (caller, request) = split(request)?;
+        let alias = self.alias(&request.alias)?;
+        caller.check_namespace(&alias)?;
+        let path = path(request.path).map_err(ServerError::from)?;
+        let replace = request.replace.unwrap_or(false);
+        let actor = caller.actor();
+        let info = self.store(move |store| store.register_folder(&alias, &path, &actor, replace)).await?;
+        changed("registered", &info);
+        Ok(Response::new(adapter(info)))
+    }
+
+    async fn upload(
+        &self,
+        request: Request<Streaming<wire::UploadAdapterRequest>>,
+    ) -> Result<Response<wire::Adapter>, Status> {
+        let _busy = self.state.begin();
+        let (caller, stream) = split(request)?;
+        let info = upload::receive(&self.state, &caller, stream).await?;
+        changed("uploaded", &info);
+        Ok(Response::new(adapter(info)))
+    }
+
+    async fn get(&self, request: Request<wire::GetAdapterRequest>) -> Result<Response<wire::Adapter>, Status> {
+        let alias = self.alias(&request.into_inner().alias)?;
+        let info = self.store(move |store| store.get(alias.as_str())).await?;
+        Ok(Response::new(adapter(info)))
+    }
+
+    async fn list(
+        &self,
+        request: Request<wire::ListAdaptersRequest>,
+    ) -> Result<Response<wire::ListAdaptersResponse>, Status> {
+        let request = request.into_inner();
+        let page_size = request.page_size.unwrap_or(PAGE_SIZE_DEFAULT);
+        if page_size == 0 || page_size > PAGE_SIZE_MAX {
+            let why = format!("is {page_size}; it must be from 1 to {PAGE_SIZE_MAX}");
+            return Err(ServerError::from(InvalidField::new("page_size", why)).into());
+        }
+        // The token is the last alias of the page before.
+        let after = match request.page_token.as_str() {
+            "" => None,
+            token => Some(Alias::parse("page_token", token, &self.state.config.limits).map_err(ServerError::from)?),
+        };
+        let wanted = page_size as usize;
+        // One more than asked for tells whether there is a next page.
+        let mut infos = self.store(move |store| Ok(store.list(after.as_ref().map(Alias::as_str), wanted + 1))).await?;
+        let more = infos.len() > wanted;
+        infos.truncate(wanted);
+        let next = infos.last().filter(|_| more).map(|info| info.alias.clone());
+        Ok(Response::new(wire::ListAdaptersResponse {
+            adapters: infos.into_iter().map(adapter).collect(),
+            next_page_token: next.unwrap_or_default(),
+        }))
+    }
+
+    async fn unregister(
+        &self,
+        request: Request<wire::UnregisterAdapterRequest>,
+    ) -> Result<Response<wire::UnregisterAdapterResponse>, Status> {
+        let _busy = self.state.begin();
+        let (caller, request) = split(request)?;
+        let alias = self.alias(&request.alias)?;
+        caller.check_namespace(&alias)?;
+        let actor = caller.actor();
+        tracing::info!(%alias, "adapter to be unregistered");
+        let generation = self.store(move |store| store.unregister(alias.as_str(), &actor)).await?;
+        Ok(Response::new(wire::UnregisterAdapterResponse { generation: generation.to_string() }))
+    }
+
+    async fn set_alias(&self, request: Request<wire::SetAliasRequest>) -> Result<Response<wire::Adapter>, Status> {
+        let _busy = self.state.begin();
+        let (caller, request) = split(request)?;
+        let alias = self.alias(&request.alias)?;
+        caller.check_namespace(&alias)?;
+        let generation = parse_generation("generation", &request.generation).map_err(ServerError::from)?;
+        let expected: Option<Generation> = match request.expected_generation.as_str() {
+            "" => None,
+            text => Some(parse_generation("expected_generation", text).map_err(ServerError::from)?),
+        };
+        let actor = caller.actor();
+        let info = self.store(move |store| store.set_alias(&alias, generation, expected, &actor)).await?;
+        changed("pointed elsewhere", &info);
+        Ok(Response::new(adapter(info)))
+    }
+
+    async fn pin(&self, request: Request<wire::PinAdapterRequest>) -> Result<Response<wire::Adapter>, Status> {
+        let _busy = self.state.begin();
+        let (caller, request) = split(request)?;
+        let alias = self.alias(&request.alias)?;
+        caller.check_namespace(&alias)?;
+        let actor = caller.actor();
+        let pinned = request.pinned;
+        let info = self.store(move |store| store.pin(alias.as_str(), pinned, &actor)).await?;
+        Ok(Response::new(adapter(info)))
+    }
+}
+
+fn split<T>(request: Request<T>) -> Result<(Caller, T), ServerError> {
+    let (_, extensions, message) = request.into_parts();
+    let caller = extensions.get::<Caller>().cloned().ok_or(ServerError::Internal("a call without a caller"))?;
+    Ok((caller, message))
+}
+
+/// The path as a path. Whether it is under an allowed root is the store's to say, after resolving links.
+fn path(text: String) -> Result<PathBuf, InvalidField> {
+    if text.is_empty() {
+        return Err(InvalidField::new("path", "must not be empty"));
+    }
+    if text.len() > PATH_BYTES_MAX || text.contains('\0') {
+        return Err(InvalidField::new("path", format!("must be at most {PATH_BYTES_MAX} bytes, without NUL")));
+    }
+    Ok(PathBuf::from(text))
+}
+
+/// Who changed what stays in the log: the span has the tenant.
+fn changed(what: &str, info: &AdapterInfo) {
+    tracing::info!(alias = %info.alias, generation = %info.generation.short(), bytes = info.bytes, "adapter {what}");
+}
+
+fn adapter(info: AdapterInfo) -> wire::Adapter {
+    wire::Adapter {
+        alias: info.alias,
+        generation: info.generation.to_string(),
+        owner: info.owner,
+        rank_max: info.rank_max,
+        bytes: info.bytes,
+        sites: info.sites,
+        pinned: info.pinned,
+        in_host_cache: info.in_host_cache,
+        leases: info.leases,
+        created_unix_s: info.created_unix_s,
+        dora: info.dora,
+        modules: info.modules,
+    }
+}
