@@ -27,9 +27,9 @@ for round in 1 2; do
   say "openlora, round $round"
   target/release/openlora bench --out "$run/openlora-$round" | tee "$run/openlora-$round.txt"
   say "OpenVINO GenAI, base model only, round $round"
-  "$peers/ov/bin/python" benches/peers/openvino_genai_bench.py "$gguf" | tee "$run/openvino-$round.txt"
+  "$peers/openvino/bin/python" benches/peers/openvino_genai_bench.py "$gguf" | tee "$run/openvino-$round.txt"
   say "llama.cpp Q4_0, base model only, round $round"
-  "$peers/lc/bin/python" benches/peers/llamacpp.py "$peers/smollm2.Q4_0.gguf" 2>/dev/null | tee "$run/llamacpp-q4_0-$round.txt"
+  "$peers/llama-cpp/bin/python" benches/peers/llamacpp.py "$peers/smollm2.Q4_0.gguf" 2>/dev/null | tee "$run/llamacpp-q4_0-$round.txt"
 done
 say "the server beside the engine"
 benches/server_overhead.sh "$run"

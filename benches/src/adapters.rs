@@ -31,7 +31,10 @@ pub fn write_random(folder: &Path, shape: &ModelShape, rank: usize, modules: &[M
             let site = Site { layer, module };
             let a = numbers(rank * inputs, (3.0 / inputs as f32).sqrt());
             tensors.insert(format!("base_model.model.{site}.lora_A.weight"), (vec![rank, inputs], a));
-            tensors.insert(format!("base_model.model.{site}.lora_B.weight"), (vec![outputs, rank], numbers(outputs * rank, 0.03)));
+            tensors.insert(
+                format!("base_model.model.{site}.lora_B.weight"),
+                (vec![outputs, rank], numbers(outputs * rank, 0.03)),
+            );
         }
     }
     let views = tensors

@@ -53,9 +53,8 @@ pub fn measure(
         bail!("{} adapters asked for, {} there", workload.adapters, leases.len());
     }
     let mut rng = StdRng::seed_from_u64(workload.sequences as u64);
-    let mut prompt = || -> Vec<Token> {
-        (0..workload.prompt_tokens).map(|_| rng.random_range(5..vocab as u32 - 100)).collect()
-    };
+    let mut prompt =
+        || -> Vec<Token> { (0..workload.prompt_tokens).map(|_| rng.random_range(5..vocab as u32 - 100)).collect() };
     let prompts: Vec<_> = (0..workload.sequences).map(|_| prompt()).collect();
     let lease = |i: usize| (workload.adapters > 0).then(|| leases[i % workload.adapters].clone());
     let run = |answer_tokens: usize| -> Result<f64> {

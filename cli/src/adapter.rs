@@ -37,7 +37,9 @@ pub(crate) enum AdapterCommand {
     #[command(after_help = "Example:\n  openlora adapter inspect ./my-peft-folder")]
     Inspect(FolderArgs),
     /// Check every tensor of a PEFT folder, and that it is what the server serves under an alias
-    #[command(after_help = "Examples:\n  openlora adapter verify ./my-peft-folder\n  openlora adapter verify ./my-peft-folder --alias acme/cwe")]
+    #[command(
+        after_help = "Examples:\n  openlora adapter verify ./my-peft-folder\n  openlora adapter verify ./my-peft-folder --alias acme/cwe"
+    )]
     Verify(VerifyArgs),
 }
 
@@ -206,7 +208,10 @@ async fn ls(global: &Global, args: &LsArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let width = all.iter().map(|adapter| adapter.alias.len()).max().unwrap_or(0).max(5);
-    println!("{:width$}  {:12}  {:>4}  {:>12}  {:5}  {:>6}  owner", "alias", "generation", "rank", "bytes", "where", "leases");
+    println!(
+        "{:width$}  {:12}  {:>4}  {:>12}  {:5}  {:>6}  owner",
+        "alias", "generation", "rank", "bytes", "where", "leases"
+    );
     for adapter in &all {
         let residency = if adapter.in_host_cache { "host" } else { "disk" };
         let pinned = if adapter.pinned { "*" } else { "" };

@@ -121,7 +121,8 @@ pub(crate) fn home() -> Result<PathBuf> {
         return Ok(home.into());
     }
     let home = std::env::var_os("HOME").filter(|home| !home.is_empty());
-    let home = home.context("neither OPENLORA_HOME nor HOME is set; set OPENLORA_HOME to a folder to keep things in")?;
+    let home =
+        home.context("neither OPENLORA_HOME nor HOME is set; set OPENLORA_HOME to a folder to keep things in")?;
     Ok(Path::new(&home).join(".cache/openlora"))
 }
 
@@ -282,7 +283,8 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let error = |file, environment: &[(&str, &str)]| format!("{:#}", try_load(file, environment, &[]).err().unwrap());
+        let error =
+            |file, environment: &[(&str, &str)]| format!("{:#}", try_load(file, environment, &[]).err().unwrap());
         assert!(error(Some("[engine]\nmax_seqs = 1\n"), &[]).contains("engine.max_seqs"));
         assert!(error(Some("[engnie]\nmax_num_seqs = 1\n"), &[]).contains("engnie.max_num_seqs"));
         assert!(error(Some("[engine]\nmax_num_seqs = \"1\"\n"), &[]).contains("must be of type integer"));

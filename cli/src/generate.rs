@@ -159,9 +159,7 @@ impl Answer {
     }
 
     fn to_json(&self) -> Value {
-        let candidate = |logprob: &openlora_proto::v1::TokenLogprob| {
-            json!({"token_id": logprob.token_id, "logprob": logprob.logprob, "text": logprob.text})
-        };
+        let candidate = |logprob: &openlora_proto::v1::TokenLogprob| json!({"token_id": logprob.token_id, "logprob": logprob.logprob, "text": logprob.text});
         let logprobs = self.logprobs.iter().map(|entry| {
             let top: Vec<_> = entry.top.iter().map(candidate).collect();
             json!({"chosen": entry.chosen.as_ref().map(candidate), "top": top})

@@ -49,7 +49,8 @@ pub(crate) fn run(global: &Global, command: &KeyCommand) -> Result<ExitCode> {
         KeyCommand::Ls => {
             let keys = store.list().with_context(|| format!("keys file {}", path.display()))?;
             if global.json {
-                let keys = keys.iter().map(|key| json!({"name": key.name, "role": key.role.to_string(), "id": key.id()}));
+                let keys =
+                    keys.iter().map(|key| json!({"name": key.name, "role": key.role.to_string(), "id": key.id()}));
                 println!("{}", serde_json::Value::Array(keys.collect()));
             } else {
                 for key in keys {

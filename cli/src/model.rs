@@ -29,7 +29,7 @@ pub(crate) fn run(global: &Global, command: &ModelCommand) -> Result<ExitCode> {
     let path = path.as_ref().unwrap_or(&config.model.path);
     let files = ModelFiles::open(path, &config.limits)
         .with_context(|| format!("model {}; scripts/fetch-model.sh fetches the default one", path.display()))?;
-    let (shape, architecture) = (files.shape(), files.config().architecture.clone());
+    let (shape, architecture) = (files.shape(), files.config().architecture);
     let listed: Vec<_> = files.tensors().collect();
     if global.json {
         let tensors = listed.iter().map(|tensor| {

@@ -11,7 +11,9 @@ use crate::{Global, config, load_config};
 #[derive(Subcommand)]
 pub(crate) enum ConfigCommand {
     /// Print every setting
-    #[command(after_help = "Examples:\n  openlora config show --origin\n  openlora config show --default > openlora.toml")]
+    #[command(
+        after_help = "Examples:\n  openlora config show --origin\n  openlora config show --default > openlora.toml"
+    )]
     Show {
         /// Say where each value came from
         #[arg(long)]
@@ -31,9 +33,10 @@ pub(crate) fn run(global: &Global, command: &ConfigCommand) -> Result<ExitCode> 
         ConfigCommand::Show { origin, .. } => {
             let loaded = load_config(global, &[])?;
             if global.json {
-                let entries = loaded.values.iter().map(|(key, (value, origin))| {
-                    (key.clone(), json!({"value": value, "origin": origin.to_string()}))
-                });
+                let entries = loaded
+                    .values
+                    .iter()
+                    .map(|(key, (value, origin))| (key.clone(), json!({"value": value, "origin": origin.to_string()})));
                 println!("{}", serde_json::Value::Object(entries.collect()));
             } else {
                 for (key, (value, from)) in &loaded.values {

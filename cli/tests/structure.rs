@@ -81,7 +81,11 @@ fn unsafe_code_is_in_kernels_only_and_every_room_says_what_it_is_for() {
     for (room, _) in MAY_IMPORT {
         let manifest = std::fs::read_to_string(root().join(room).join("Cargo.toml")).expect("a manifest");
         let inherits = manifest.contains("[lints]\nworkspace = true");
-        assert_eq!(inherits, *room != "kernels", "{room}: only kernels has lints of its own (it alone has unsafe code)");
+        assert_eq!(
+            inherits,
+            *room != "kernels",
+            "{room}: only kernels has lints of its own (it alone has unsafe code)"
+        );
         let crate_root = if *room == "cli" { "main.rs" } else { "lib.rs" };
         let text = std::fs::read_to_string(root().join(room).join("src").join(crate_root)).expect("a crate root");
         assert!(text.starts_with("//!"), "{room} opens with a page on what it is for");

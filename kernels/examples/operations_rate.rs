@@ -16,7 +16,8 @@ use openlora_kernels::cpu::sample::{SampleScratch, sample};
 use openlora_kernels::cpu::swiglu::swiglu;
 use openlora_kernels::cpu::{Cpu, CpuTensor, Isa, Pool};
 use openlora_kernels::{
-    AttentionSpec, LayerAttention, LoraRows, LoraSegment, Precision, RopeTable, SampleRow, SequenceRows, SiteSpan, StepRows,
+    AttentionSpec, LayerAttention, LoraRows, LoraSegment, Precision, RopeTable, SampleRow, SequenceRows, SiteSpan,
+    StepRows,
 };
 use openlora_types::{AdapterWeights, Elements, Generation, Matrix, Module, SamplingParams, Site, SiteWeights};
 
@@ -142,28 +143,27 @@ fn attention_rate(machine: &Machine, sequences: usize, rows: usize, context: usi
     let pairs = rows * (context - rows) + rows * (rows + 1) / 2;
     let name = format!("attention, {sequences} x {rows} rows, context {context}, {precision:?}");
     report(machine, &name, seconds, bytes, LAYERS * sequences * pairs * 2 * HIDDEN);
-    let seconds = best(
-        LAYERS,
-        || (),
-        |i| rope_and_store(&machine.pool, machine.isa, &SPEC, &step, layer(i), &mut qkv, &mut kv),
-    );
+    let seconds =
+        best(LAYERS, || (), |i| rope_and_store(&machine.pool, machine.isa, &SPEC, &step, layer(i), &mut qkv, &mut kv));
     let name = format!("rope and store, {sequences} x {rows} rows");
     report(machine, &name, seconds, LAYERS * positions.len() * (HIDDEN + 2 * KV) * 4, 0);
 }
 
 /// An adapter of q and v in every layer.
 fn adapter(rank: usize) -> CpuAdapter {
-    let sites = (0..LAYERS).flat_map(|layer| [(Module::Q, HIDDEN), (Module::V, KV)].map(|(module, outputs)| {
-        let matrix = |rows, cols| Matrix { rows, cols, elements: Elements::F32(numbers(rows * cols)) };
-        SiteWeights {
-            site: Site { layer: layer as u32, module },
-            a: matrix(rank, HIDDEN),
-            b: matrix(outputs, rank),
-            scale: 2.0,
-            b_bias: None,
-            magnitude: None,
-        }
-    }));
+    let sites = (0..LAYERS).flat_map(|layer| {
+        [(Module::Q, HIDDEN), (Module::V, KV)].map(|(module, outputs)| {
+            let matrix = |rows, cols| Matrix { rows, cols, elements: Elements::F32(numbers(rows * cols)) };
+            SiteWeights {
+                site: Site { layer: layer as u32, module },
+                a: matrix(rank, HIDDEN),
+                b: matrix(outputs, rank),
+                scale: 2.0,
+                b_bias: None,
+                magnitude: None,
+            }
+        })
+    });
     let weights = AdapterWeights { generation: Generation([0; 32]), sites: sites.collect() };
     let scales = vec![None; weights.sites.len()];
     CpuAdapter::load(&weights, &scales, LAYERS, Precision::Quantised).expect("a good adapter")
@@ -179,7 +179,8 @@ fn lora_rate(machine: &Machine, name: &str, adapters: usize, rows: usize, rank: 
         .collect();
     let spans: Vec<Vec<SiteSpan>> = (0..LAYERS as u32)
         .map(|layer| {
-            let columns = [(Module::Q, 0..HIDDEN), (Module::K, HIDDEN..HIDDEN + KV), (Module::V, HIDDEN + KV..HIDDEN + 2 * KV)];
+            let columns =
+                [(Module::Q, 0..HIDDEN), (Module::K, HIDDEN..HIDDEN + KV), (Module::V, HIDDEN + KV..HIDDEN + 2 * KV)];
             let span = |(module, outputs)| {
                 let site = Site { layer, module };
                 SiteSpan { site, index: site.index(LAYERS), outputs }
@@ -226,10 +227,7 @@ fn sample_rate(machine: &Machine, name: &str, params: &SamplingParams, rows: usi
     let draw = SampleRow::Draw { params, sample_index: 0, prompt: &[1, 2], generated: &[3], banned: &[], top: 0 };
     let (rows_of_step, mut out) = (vec![draw; rows], Vec::new());
     let mut scratch = SampleScratch::default();
-    let seconds = best(
-        1,
-        || (),
-        |_| sample(&machine.pool, machine.isa, &mut logits, &rows_of_step, &mut out, &mut scratch),
-    );
+    let seconds =
+        best(1, || (), |_| sample(&machine.pool, machine.isa, &mut logits, &rows_of_step, &mut out, &mut scratch));
     report(machine, &format!("sample {name}, {rows} rows (once)"), seconds, rows * VOCAB * 4, 0);
 }

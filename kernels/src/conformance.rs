@@ -118,7 +118,8 @@ pub fn upload_into<B: Backend>(backend: &B, values: &[f32], width: usize, tensor
 
 /// Random activations `[rows, width]`; every seventh block of a row is large, as outlier channels are, and some are zero.
 fn random_rows(rows: usize, width: usize, random: &mut Random) -> Vec<f32> {
-    let block_scale: Vec<f32> = (0..width.div_ceil(BLOCK)).map(|block| [1.0, 0.3, 2.0, 0.0, 1.0, 1.0, 40.0][block % 7]).collect();
+    let block_scale: Vec<f32> =
+        (0..width.div_ceil(BLOCK)).map(|block| [1.0, 0.3, 2.0, 0.0, 1.0, 1.0, 40.0][block % 7]).collect();
     (0..rows * width).map(|i| random.number() * block_scale[i % width / BLOCK]).collect()
 }
 

@@ -73,7 +73,9 @@ pub enum KernelError {
         outputs: usize,
     },
     /// An adapter's numbers cannot be held in the device's format.
-    #[error("{site}: {value} is out of the range of 16-bit floats; serve with precision = \"f32\" or rescale the adapter")]
+    #[error(
+        "{site}: {value} is out of the range of 16-bit floats; serve with precision = \"f32\" or rescale the adapter"
+    )]
     AdapterRange {
         /// Where.
         site: Site,

@@ -1,9 +1,37 @@
 //! The CPU's linear: the conformance checks on every instruction set this machine has, and that neither threads nor
 //! instruction sets change a result beyond what they may.
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
 use openlora_kernels::cpu::{Cpu, Isa};
-use openlora_kernels::{Backend, BlockFormat, KernelError, LinearSpec, Precision, TensorSource, conformance};
+use openlora_kernels::{
+    Backend, BlockFormat, KernelError, LinearSpec, LoraRows, Precision, SiteSpan, TensorSource, conformance,
+};
 use openlora_types::{Module, Site};
+
+/// Counts what each thread allocates.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promises are the system allocator's.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 const PRECISIONS: [Precision; 2] = [Precision::Quantised, Precision::F32];
 
@@ -73,14 +101,17 @@ fn source(bytes: &[u8], rows: usize, cols: usize) -> TensorSource<'_> {
 fn linears_whose_parts_do_not_fit_are_refused_by_name() {
     let bytes = flat(1.0, 4);
     let sound = LinearSpec { parts: vec![source(&bytes, 4, 32)], bias: None, sites: Vec::new() };
-    let span = |outputs| openlora_kernels::SiteSpan { site: Site { layer: 0, module: Module::Q }, index: 0, outputs };
+    let span = |outputs| SiteSpan { site: Site { layer: 0, module: Module::Q }, index: 0, outputs };
     let cases = [
         (LinearSpec { parts: vec![source(&bytes, 4, 31)], ..sound.clone() }, "blk.0.q: expected 496 bytes for F32"),
         (
             LinearSpec { parts: vec![source(&bytes, 4, 32), source(&bytes, 8, 16)], ..sound.clone() },
             "blk.0.q: 16 inputs, but the linear it is part of has 32",
         ),
-        (LinearSpec { bias: Some(vec![0.0; 3]), ..sound.clone() }, "blk.0.q: 3 bias values, but the linear it is part of has 4"),
+        (
+            LinearSpec { bias: Some(vec![0.0; 3]), ..sound.clone() },
+            "blk.0.q: 3 bias values, but the linear it is part of has 4",
+        ),
         (LinearSpec { sites: vec![span(0..5)], ..sound.clone() }, "blk.0.q: 5 outputs up to its last site"),
     ];
     for precision in PRECISIONS {
@@ -121,10 +152,49 @@ fn row_order_is_applied_when_packing() {
         let linear = cpu.load_linear(&LinearSpec { parts: vec![part], bias: None, sites: Vec::new() }).expect("sound");
         let x = conformance::upload(&cpu, &[1.0; 32], 32);
         let mut out = cpu.new_tensor(1, 40).expect("memory");
-        cpu.linear(&linear, &openlora_kernels::LoraRows { segments: &[] }, &x, &mut out).expect("linear");
+        cpu.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
         for (output, found) in cpu.read_tensor(&out).iter().enumerate() {
             let expected = (39 - output) as f32 * 32.0;
             assert!((found - expected).abs() <= expected * 1e-3, "output {output}: {found}, expected {expected}");
         }
+    }
+}
+
+#[test]
+fn a_linear_allocates_nothing_once_the_largest_tensor_exists() {
+    let bytes = flat(0.5, 100);
+    for precision in PRECISIONS {
+        // One thread: then every allocation would be this thread's.
+        let cpu = cpu(1, precision, Isa::detect());
+        let spec = LinearSpec { parts: vec![source(&bytes, 100, 32)], bias: Some(vec![1.0; 100]), sites: Vec::new() };
+        let linear = cpu.load_linear(&spec).expect("sound");
+        let mut out = cpu.new_tensor(300, 100).expect("memory");
+        for rows in [1, 300, 20] {
+            let x = conformance::upload(&cpu, &vec![1.0; rows * 32], 32);
+            let before = ALLOCATIONS.get();
+            cpu.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
+            assert_eq!(ALLOCATIONS.get(), before, "{rows} rows");
+            assert!(cpu.read_tensor(&out).iter().all(|value| (value - 17.0).abs() < 0.05), "sixteen and the bias");
+        }
+    }
+}
+
+#[test]
+fn a_panic_in_a_kernel_is_an_error_of_this_and_every_later_operation() {
+    let bytes = flat(0.5, 4);
+    for threads in [1, 2] {
+        let cpu = cpu(threads, Precision::F32, Isa::detect());
+        let spec = LinearSpec { parts: vec![source(&bytes, 4, 32)], bias: None, sites: Vec::new() };
+        let linear = cpu.load_linear(&spec).expect("sound");
+        let x = conformance::upload(&cpu, &[1.0; 32], 32);
+        let owner = std::sync::Arc::new(bytes.clone());
+        let table = cpu.load_embedding(&source(&owner, 4, 32), owner.clone(), 0).expect("sound");
+        let mut out = cpu.new_tensor(8, 32).expect("memory");
+        let none = LoraRows { segments: &[] };
+        let error = cpu.embed(&table, &[0, 4, 0, 4, 0, 4, 0, 4], &none, &mut out).expect_err("no such token");
+        assert!(matches!(error, KernelError::ThreadPanicked(_)), "{error}");
+        let mut out = cpu.new_tensor(1, 4).expect("memory");
+        let error = cpu.linear(&linear, &none, &x, &mut out).expect_err("poisoned");
+        assert!(matches!(error, KernelError::ThreadPanicked(_)), "{error}");
     }
 }

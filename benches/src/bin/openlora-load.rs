@@ -64,10 +64,15 @@ fn main() -> Result<()> {
     if args.json {
         println!("{}", serde_json::to_string(&measured)?);
     } else {
-        println!("{:.0} tokens/s, {:.1} requests/s over {:.1} s", measured.tokens_per_s, measured.requests_per_s, measured.seconds);
-        for (name, p) in
-            [("first token", measured.ttft_ms), ("between tokens", measured.inter_token_ms), ("whole request", measured.e2e_ms)]
-        {
+        println!(
+            "{:.0} tokens/s, {:.1} requests/s over {:.1} s",
+            measured.tokens_per_s, measured.requests_per_s, measured.seconds
+        );
+        for (name, p) in [
+            ("first token", measured.ttft_ms),
+            ("between tokens", measured.inter_token_ms),
+            ("whole request", measured.e2e_ms),
+        ] {
             println!("{name:15} p50 {:8.1} ms  p95 {:8.1} ms  p99 {:8.1} ms", p.p50, p.p95, p.p99);
         }
         for error in measured.errors.iter().take(5) {

@@ -5,8 +5,7 @@ use openlora_proto::v1::{GenerateRequest, OutputOptions};
 
 use crate::support::{Case, Client, Server, bits, cases, greedy};
 
-const ADAPTERS: &[&str] =
-    &["all-linear-r4-rslora", "dora", "odd-rank", "patterns", "qv-r8", "r1", "r64", "regex"];
+const ADAPTERS: &[&str] = &["all-linear-r4-rslora", "dora", "odd-rank", "patterns", "qv-r8", "r1", "r64", "regex"];
 const TRAINED: &[&str] = &["cwe-r8", "wordnet-r8"];
 
 /// Uploads every golden adapter; gives `(alias, cases)`, the base model first.

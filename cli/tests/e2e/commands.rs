@@ -54,8 +54,17 @@ fn generate_streams_text_and_prints_json() {
     let question = "Explain why the sky is blue in one sentence.";
     let said = text(&server.openlora(&["generate", "--temperature", "0", "--max-tokens", "8", question]));
     assert!(said.starts_with("The sky is blue"), "{said}");
-    let answer =
-        json(&server.openlora(&["generate", "--json", "--temperature", "0", "--logprobs", "2", "--adapter", "admin/cwe", question]));
+    let answer = json(&server.openlora(&[
+        "generate",
+        "--json",
+        "--temperature",
+        "0",
+        "--logprobs",
+        "2",
+        "--adapter",
+        "admin/cwe",
+        question,
+    ]));
     assert_eq!(answer["token_ids"].as_array().map(Vec::len), answer["logprobs"].as_array().map(Vec::len));
     assert_eq!(answer["logprobs"][0]["top"].as_array().map(Vec::len), Some(2));
     assert_eq!(answer["generation"].as_str().map(str::len), Some(64));
@@ -75,7 +84,8 @@ fn errors_name_the_next_command() {
     let no_server = failure(&openlora(&["generate", "--server", "http://127.0.0.1:1", "x"]).expect("runs"));
     assert!(no_server.contains("openlora serve"), "{no_server}");
     let exposed = failure(
-        &openlora(&["serve", "--insecure-no-auth", "--grpc-addr", "0.0.0.0:0", "--http-addr", "127.0.0.1:0"]).expect("runs"),
+        &openlora(&["serve", "--insecure-no-auth", "--grpc-addr", "0.0.0.0:0", "--http-addr", "127.0.0.1:0"])
+            .expect("runs"),
     );
     assert!(exposed.contains("openlora key create"), "{exposed}");
     let pickled = home.path().join("pickled");

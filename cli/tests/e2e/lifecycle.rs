@@ -23,7 +23,8 @@ async fn sigterm_under_load_finishes_what_runs_and_exits_cleanly() {
         tokens += message.token_ids.len();
     }
     assert!(tokens >= 64, "the whole answer came: {tokens}");
-    let late = tokio::time::timeout(Duration::from_secs(10), client.generate(request)).await.expect("an answer in time");
+    let late =
+        tokio::time::timeout(Duration::from_secs(10), client.generate(request)).await.expect("an answer in time");
     assert_eq!(late.expect_err("no new request while draining").code(), Code::Unavailable);
     drop(stream);
     drop(client);

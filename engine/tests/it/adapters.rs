@@ -75,14 +75,14 @@ fn the_least_recently_used_adapter_goes_and_answers_the_same_when_it_is_back() {
 #[test]
 fn requests_that_come_together_load_an_adapter_once() {
     let rig = Setup::default().start();
-    let (threads, together) = (6, Barrier::new(6));
+    let requests: Vec<_> = (0..6).map(|_| request(&rig, 3)).collect();
+    let together = Barrier::new(requests.len());
     let answers: Vec<_> = std::thread::scope(|scope| {
-        let ask = || {
-            let request = request(&rig, 3);
+        let ask = |request| {
             together.wait();
             rig.answer(request).bits()
         };
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(ask)).collect();
+        let threads: Vec<_> = requests.into_iter().map(|request| scope.spawn(move || ask(request))).collect();
         threads.into_iter().map(|thread| thread.join().expect("an answer")).collect()
     });
     assert!(answers.iter().all(|answer| *answer == answers[0]));

@@ -16,7 +16,7 @@ fn requests(rig: &Rig) -> Vec<Submit> {
         request.sampling.presence_penalty = 0.5;
         request.sampling.n = if i == 2 { 3 } else { 1 };
         request.sampling.logprobs = Some(2);
-        request.sampling.prompt_logprobs = (i != 4).then_some(1);
+        request.sampling.prompt_logprobs = (i < 3).then_some(1);
         request
     });
     requests.collect()
@@ -41,11 +41,23 @@ fn recomputation_changes_no_bit_of_any_answer_and_scores_no_prompt_token_twice()
         for (i, (answer, undisturbed)) in answers.iter().zip(&undisturbed).enumerate() {
             assert_eq!(answer.bits(), undisturbed.bits(), "request {i}, prefix cache {prefix_cache}");
             let scored: Vec<_> = answer.prompt_logprobs.iter().map(|scored| scored.chosen.token).collect();
-            let expected = if i == 4 { Vec::new() } else { requests(&rig)[i].prompt[1..].to_vec() };
+            let expected = if i < 3 { requests(&rig)[i].prompt[1..].to_vec() } else { Vec::new() };
             assert_eq!(scored, expected, "request {i}: each prompt token but the first, once, in order");
             // What a recomputed sequence finds of its own blocks is not a cached prompt.
             assert_eq!(answer.usage, undisturbed.usage, "request {i}, prefix cache {prefix_cache}");
         }
         rig.settle();
+    }
+}
+
+#[test]
+fn a_recomputed_sequence_does_not_call_its_own_blocks_a_cached_prompt() {
+    // 20 blocks of 4: the second has 14 of them when the first wants more, and finds those back that the first did not need.
+    let rig = setup(20, true).start();
+    let answers = rig.answers_in_one_batch(vec![ask(&prompt(9), 40), ask(&prompt(40), 30)]);
+    let stats = rig.stats();
+    assert!(stats.preemptions_total > 0 && stats.prefix_hits_total > 0, "{stats:?}");
+    for answer in &answers {
+        assert_eq!(answer.usage.cached_prompt_tokens, 0);
     }
 }

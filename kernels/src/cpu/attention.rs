@@ -23,7 +23,7 @@ use super::pool::Disjoint;
 use super::vector_math::{Chunk, Element, Kernel, LANES, Simd, dispatch};
 use super::{Cpu, CpuTensor, Isa, Pool};
 use crate::{AttentionSpec, LayerAttention, SequenceRows, StepRows};
-use tile::{GROUP_SLOTS, Panels, Running, TILE_PANELS, TILE_ROWS, Tile};
+use tile::{GROUP_SLOTS, HEAD_DIM_MAX, Panels, Running, TILE_PANELS, TILE_ROWS, Tile};
 
 /// Slots after which the online softmax starts afresh.
 const SPAN: usize = 8 * GROUP_SLOTS;
@@ -100,6 +100,7 @@ pub fn attention(
     scratch: &mut AttentionScratch,
 ) {
     let AttentionSpec { heads, kv_heads, head_dim, .. } = *attend.spec;
+    assert!(head_dim <= HEAD_DIM_MAX, "heads of {head_dim} elements; the kernels have room for {HEAD_DIM_MAX}");
     assert!(heads.is_multiple_of(kv_heads), "{heads} query heads over {kv_heads} key-value heads");
     assert_eq!(qkv.width(), (heads + 2 * kv_heads) * head_dim, "q, k and v beside each other");
     assert_eq!(out.width(), heads * head_dim, "one output for each query head");
@@ -148,7 +149,7 @@ impl<'a, T: Element> Call<'a, T> {
         }
         scratch.workers.resize_with(pool.threads(), Worker::default);
         for worker in &mut scratch.workers {
-            worker.tile.reserve(self.layout.head_dim);
+            worker.tile.reserve();
             worker.total.reserve(self.layout.value_row());
             worker.part.reserve(self.layout.value_row());
         }
@@ -242,7 +243,7 @@ impl<'a, T: Element> Call<'a, T> {
 
     /// Brings the tile's queries and what they see into `tile`.
     #[inline(always)]
-    fn load<S: Simd>(&self, item: &Item, tile: &mut Tile) {
+    fn load<S: Simd>(&self, simd: S, item: &Item, tile: &mut Tile) {
         let AttentionSpec { heads, kv_heads, head_dim, scale, .. } = *self.attend.spec;
         tile.start::<S>(item.rows, head_dim);
         for query in 0..item.rows {
@@ -250,7 +251,7 @@ impl<'a, T: Element> Call<'a, T> {
             let row = item.sequence.row + row;
             let head = item.kv_head * self.group + member;
             let start = row * (heads + 2 * kv_heads) * head_dim + head * head_dim;
-            tile.set_query(query, &self.qkv[start..start + head_dim], scale, self.visible(row));
+            tile.set_query(simd, query, &self.qkv[start..start + head_dim], scale, self.visible(row));
         }
     }
 
@@ -298,7 +299,7 @@ impl<T: Element> Kernel for Tiles<'_, '_, T> {
     fn run<S: Simd>(self, simd: S) {
         let Worker { tile, total, part } = self.worker;
         while let Some(item) = self.items.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            self.call.load::<S>(item, tile);
+            self.call.load(simd, item, tile);
             for span in item.spans() {
                 if span == item.spans().start {
                     self.call.span(simd, item, span, tile, total);
@@ -329,7 +330,7 @@ impl<T: Element> Kernel for Spans<'_, '_, T> {
             let i = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(shared) = self.shared.get(i) else { return };
             let item = &self.items[shared.item];
-            self.call.load::<S>(item, &mut self.worker.tile);
+            self.call.load(simd, item, &mut self.worker.tile);
             // SAFETY: the counter gives every span to one worker alone.
             let part = unsafe { &mut self.parts.slice(i..i + 1)[0] };
             self.call.span(simd, item, shared.span, &mut self.worker.tile, part);

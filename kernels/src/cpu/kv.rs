@@ -152,10 +152,18 @@ impl<T: Element> KvNumbers<T> {
         })
     }
 
-    fn token(&self, layout: &KvLayout, layer: usize, block: u32, kv_head: usize, offset: usize) -> (Vec<f32>, Vec<f32>) {
+    fn token(
+        &self,
+        layout: &KvLayout,
+        layer: usize,
+        block: u32,
+        kv_head: usize,
+        offset: usize,
+    ) -> (Vec<f32>, Vec<f32>) {
         let panel = layout.first_panel(layer, block, kv_head) + offset / LANES;
         let key = &self.keys[panel * layout.key_panel()..][..layout.key_panel()];
-        let value = &self.values[panel * layout.value_panel() + offset % LANES * layout.value_row()..][..layout.head_dim];
+        let value =
+            &self.values[panel * layout.value_panel() + offset % LANES * layout.value_row()..][..layout.head_dim];
         (
             key.iter().skip(offset % LANES).step_by(LANES).map(|x| Element::to_f32(*x)).collect(),
             value.iter().map(|x| Element::to_f32(*x)).collect(),

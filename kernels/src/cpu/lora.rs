@@ -106,22 +106,14 @@ struct Piece {
 ///
 /// # Panics
 /// When an adapter does not fit the linear, which who loaded it has checked against the model.
-pub fn apply(
-    pool: &Pool,
-    isa: Isa,
-    adapt: Adapt<'_>,
-    x: &CpuTensor,
-    out: &mut CpuTensor,
-    scratch: &mut LoraScratch,
-) {
+pub fn apply(pool: &Pool, isa: Isa, adapt: Adapt<'_>, x: &CpuTensor, out: &mut CpuTensor, scratch: &mut LoraScratch) {
     if !plan(&adapt, (x.rows(), x.width()), scratch) {
         return;
     }
     assert_eq!(x.rows(), out.rows(), "rows of x and of W x");
     let LoraScratch { jobs, shrinks, expands, shrunk } = scratch;
     let (x_width, out_width) = (x.width(), out.width());
-    let call =
-        Call { adapt: &adapt, jobs, x: x.values(), x_width, out: Disjoint::new(out.values_mut()), out_width };
+    let call = Call { adapt: &adapt, jobs, x: x.values(), x_width, out: Disjoint::new(out.values_mut()), out_width };
     {
         let shrunk = Disjoint::new(shrunk);
         share(pool, shrinks, &|pieces| dispatch(isa, Shrink { call: &call, pieces, shrunk: &shrunk }));
@@ -159,7 +151,9 @@ fn starting_before(pieces: &[Piece], work: usize) -> usize {
 fn plan(adapt: &Adapt<'_>, (rows, inputs): (usize, usize), scratch: &mut LoraScratch) -> bool {
     let columns_most = if rows <= FEW_ROWS { PIECE_COLUMNS_FEW_ROWS } else { PIECE_COLUMNS };
     let LoraScratch { jobs, shrinks, expands, shrunk } = scratch;
-    (jobs.clear(), shrinks.clear(), expands.clear());
+    jobs.clear();
+    shrinks.clear();
+    expands.clear();
     let mut shrunk_len = 0;
     for (i, segment) in adapt.lora.segments.iter().enumerate() {
         for (j, span) in adapt.sites.iter().enumerate() {

@@ -113,8 +113,13 @@ impl Panels {
             let format = PanelFormat::of(source.format, precision);
             let count = source.rows.div_ceil(PANEL);
             let panel_bytes = format.panel_bytes(inputs);
-            let part =
-                Part { format, outputs: outputs..outputs + source.rows, panels: panels..panels + count, panel_bytes, offset };
+            let part = Part {
+                format,
+                outputs: outputs..outputs + source.rows,
+                panels: panels..panels + count,
+                panel_bytes,
+                offset,
+            };
             offset += count * panel_bytes;
             outputs += source.rows;
             panels += count;
@@ -136,6 +141,13 @@ impl Panels {
     pub fn panel(&self, part: &Part, panel: usize) -> &[u8] {
         let start = part.offset + (panel - part.panels.start) * part.panel_bytes;
         &self.bytes[start..start + part.panel_bytes]
+    }
+
+    /// The bytes that follow panel `panel` of `part`, as many as it has or fewer at the end: the next panel.
+    #[must_use]
+    pub(super) fn after(&self, part: &Part, panel: usize) -> &[u8] {
+        let start = part.offset + (panel + 1 - part.panels.start) * part.panel_bytes;
+        &self.bytes[start..(start + part.panel_bytes).min(self.bytes.len())]
     }
 
     /// Panels of all parts.

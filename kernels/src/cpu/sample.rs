@@ -70,8 +70,7 @@ pub fn sample(
 pub fn distribution(isa: Isa, logits: &[f32], draw: &Draw<'_>) -> Vec<f64> {
     let mut probabilities = vec![0.0; logits.len()];
     let (mut worker, mut logits) = (Worker::default(), logits.to_vec());
-    let kernel =
-        Distribution { logits: &mut logits, draw, worker: &mut worker, probabilities: &mut probabilities };
+    let kernel = Distribution { logits: &mut logits, draw, worker: &mut worker, probabilities: &mut probabilities };
     dispatch(isa, kernel);
     probabilities
 }
@@ -93,22 +92,15 @@ impl Kernel for Rows<'_, '_> {
             let i = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(row) = self.rows.get(i) else { return };
             // SAFETY: the counter gives every row to one worker alone.
-            let (logits, out) = unsafe {
-                (self.logits.slice(i * self.vocab..(i + 1) * self.vocab), &mut self.out.slice(i..i + 1)[0])
-            };
+            let (logits, out) =
+                unsafe { (self.logits.slice(i * self.vocab..(i + 1) * self.vocab), &mut self.out.slice(i..i + 1)[0]) };
             sample_row(simd, logits, row, out, self.worker);
         }
     }
 }
 
 #[inline(always)]
-fn sample_row<S: Simd>(
-    simd: S,
-    logits: &mut [f32],
-    row: &SampleRow<'_>,
-    out: &mut SampledRow,
-    worker: &mut Worker,
-) {
+fn sample_row<S: Simd>(simd: S, logits: &mut [f32], row: &SampleRow<'_>, out: &mut SampledRow, worker: &mut Worker) {
     let largest = largest(simd, logits);
     let log_total = f64::from(largest) + total(simd, logits, largest).ln();
     let logprob = |logit: f32| (f64::from(possible(logit)) - log_total) as f32;

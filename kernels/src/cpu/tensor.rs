@@ -102,9 +102,8 @@ impl CpuTensor {
     /// # Errors
     /// [`KernelError::OutOfMemory`]
     pub fn new(rows_max: usize, width: usize) -> Result<Self, KernelError> {
-        let len = rows_max
-            .checked_mul(width)
-            .ok_or(KernelError::OutOfMemory { what: "activations", bytes: usize::MAX })?;
+        let len =
+            rows_max.checked_mul(width).ok_or(KernelError::OutOfMemory { what: "activations", bytes: usize::MAX })?;
         Ok(Self { rows: 0, rows_max, width, data: Aligned::zeroed(len, "activations")? })
     }
 

@@ -83,7 +83,7 @@ const EXP_LOW: f32 = -87.336_54;
 /// Above this, the exponent would leave its range: e^88 is the result instead.
 const EXP_HIGH: f32 = 88.0;
 /// ln 2 in two parts; the first has 9 significant bits, so that its product with n is exact (Cody and Waite 1980).
-const LN2_HIGH: f32 = 0.693_359_375;
+const LN2_HIGH: f32 = 355.0 / 512.0;
 const LN2_LOW: f32 = -2.121_944_4e-4;
 /// (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2, lowest order first: the minimax polynomial for the relative error of e^r, found
 /// with Remez' exchange; its error is 3.1e-9, a twentieth of an ulp.
@@ -303,7 +303,10 @@ mod tests {
         let all = |isa| {
             let mut values = Vec::new();
             dispatch(isa, Everything(&mut values));
-            values.into_iter().map(|value| if value.is_nan() { 0x7fc0_0000 } else { value.to_bits() }).collect::<Vec<_>>()
+            values
+                .into_iter()
+                .map(|value| if value.is_nan() { 0x7fc0_0000 } else { value.to_bits() })
+                .collect::<Vec<_>>()
         };
         let portable = all(Isa::Portable);
         for &isa in Isa::available() {

@@ -229,7 +229,11 @@ mod tests {
                 let mut found = vec![f32::NAN; 512];
                 dequantise_row(&source, row, &mut found);
                 for (col, (found, expected)) in found.iter().zip(expected).enumerate() {
-                    assert_eq!(found.to_bits(), expected.to_bits(), "{name} row {row} column {col}: {found} {expected}");
+                    assert_eq!(
+                        found.to_bits(),
+                        expected.to_bits(),
+                        "{name} row {row} column {col}: {found} {expected}"
+                    );
                 }
             }
         }
@@ -261,8 +265,14 @@ mod tests {
     #[test]
     fn wrong_shapes_are_refused_by_name() {
         let bytes = [0_u8; 34 * 2];
-        let source =
-            TensorSource { name: "blk.0", format: BlockFormat::Q8_0, rows: 2, cols: 32, bytes: &bytes, row_order: None };
+        let source = TensorSource {
+            name: "blk.0",
+            format: BlockFormat::Q8_0,
+            rows: 2,
+            cols: 32,
+            bytes: &bytes,
+            row_order: None,
+        };
         source.check().expect("sound");
         let refused = [
             (TensorSource { cols: 33, ..source }, "blk.0: 33 inputs; the block formats need a multiple of 32"),

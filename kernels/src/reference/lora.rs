@@ -19,13 +19,7 @@ pub fn embedding(site: &SiteWeights, output_scale: Option<&[f32]>, token: Token,
     expand(site, &shrunk, output_scale, None, out);
 }
 
-fn expand(
-    site: &SiteWeights,
-    shrunk: &[f64],
-    output_scale: Option<&[f32]>,
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-) {
+fn expand(site: &SiteWeights, shrunk: &[f64], output_scale: Option<&[f32]>, bias: Option<&[f32]>, out: &mut [f32]) {
     let b = site.b.elements.to_f32_vec();
     for (i, (out, b)) in out.iter_mut().zip(b.chunks_exact(site.b.cols)).enumerate() {
         let product: f64 = b.iter().zip(shrunk).map(|(b, s)| f64::from(*b) * s).sum();

@@ -30,7 +30,8 @@ pub fn rope(
         for (i, head) in row.chunks_exact_mut(spec.head_dim).take(spec.heads + spec.kv_heads).enumerate() {
             if let Some((q, k)) = qk_norm {
                 let weight = if i < spec.heads { q } else { k };
-                rms_norm(&head.to_vec(), weight, spec.norm_eps, head);
+                let raw = head.to_vec();
+                rms_norm(&raw, weight, spec.norm_eps, head);
             }
             rotate(head, table, *position as usize);
         }

@@ -63,7 +63,7 @@ impl World {
 
 fn rope_table(head_dim: usize, positions: usize) -> RopeTable {
     // Some elements pass through, as in models with a partial rotary factor.
-    let rotary_dim = if head_dim % 32 == 0 { head_dim } else { head_dim - 2 };
+    let rotary_dim = if head_dim.is_multiple_of(32) { head_dim } else { head_dim - 2 };
     let angles = (0..positions).flat_map(|position| {
         let frequency = move |i: usize| 10_000_f32.powf(-2.0 * i as f32 / rotary_dim as f32);
         (0..rotary_dim / 2).map(move |i| position as f32 * frequency(i))
@@ -108,12 +108,7 @@ impl<'a> Run<'a> {
         for &(sequence, rows) in parts {
             let start = self.done[sequence];
             let table = &self.tables[sequence];
-            sequences.push(SequenceRows {
-                row: positions.len(),
-                rows,
-                table: block_tables.len(),
-                blocks: table.len(),
-            });
+            sequences.push(SequenceRows { row: positions.len(), rows, table: block_tables.len(), blocks: table.len() });
             block_tables.extend(table);
             positions.extend((start..start + rows).map(|position| position as u32));
             values.extend(&self.world.sequences[sequence][start * width..(start + rows) * width]);
@@ -202,9 +197,9 @@ fn attention_matches_its_reference_at_block_borders_and_windows() {
                     let mut run = Run::new(&world, isa, &pool, 5);
                     let whole: Vec<_> = (0..lengths.len()).map(|i| (i, world.tokens(i))).collect();
                     run.step(&whole);
-                    for sequence in 0..lengths.len() {
+                    for (sequence, length) in lengths.iter().enumerate() {
                         let what = format!("{} {sizes:?} {window:?} {precision:?} {sequence}", isa.name());
-                        check_against_reference(&run, sequence, 0..lengths[sequence], &what);
+                        check_against_reference(&run, sequence, 0..*length, &what);
                     }
                 }
             }
@@ -265,7 +260,12 @@ fn sharing_the_spans_of_a_long_sequence_changes_no_bit() {
                 run.step(&[(0, 1)]);
                 // With a second sequence there are tiles enough, and spans are not shared.
                 run.step(if beside { &[(0, 1), (1, 40)] } else { &[(0, 1)] });
-                check_against_reference(&run, 0, [0, 1_023, 1_024, 2_048, length - 2, length - 1].into_iter(), isa.name());
+                check_against_reference(
+                    &run,
+                    0,
+                    [0, 1_023, 1_024, 2_048, length - 2, length - 1].into_iter(),
+                    isa.name(),
+                );
                 bits(&run.outputs[0])
             };
             let expected = run(1, false);
@@ -333,9 +333,9 @@ fn random_steps_agree_with_the_reference() {
                     break;
                 }
             }
-            for sequence in 0..lengths.len() {
+            for (sequence, length) in lengths.iter().enumerate() {
                 let what = format!("round {round} {} {sizes:?} {window:?}", isa.name());
-                check_against_reference(&run, sequence, 0..lengths[sequence], &what);
+                check_against_reference(&run, sequence, 0..*length, &what);
             }
         }
     }

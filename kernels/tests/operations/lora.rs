@@ -38,7 +38,13 @@ struct Extras {
     dora: bool,
 }
 
-fn site(rng: &mut StdRng, module: Module, (inputs, outputs): (usize, usize), rank: usize, format: Format) -> SiteWeights {
+fn site(
+    rng: &mut StdRng,
+    module: Module,
+    (inputs, outputs): (usize, usize),
+    rank: usize,
+    format: Format,
+) -> SiteWeights {
     SiteWeights {
         site: Site { layer: if matches!(module, Module::Embed) { 0 } else { 1 }, module },
         a: matrix(rng, format, rank, inputs, 1.0 / (inputs as f32).sqrt()),
@@ -60,8 +66,7 @@ impl Adapter {
         for site in &mut sites {
             site.b_bias = extras.b_bias.then(|| random(rng, site.b.rows, 1.0));
         }
-        let output_scales =
-            sites.iter().map(|site| extras.dora.then(|| random(rng, site.b.rows, 1.0))).collect();
+        let output_scales = sites.iter().map(|site| extras.dora.then(|| random(rng, site.b.rows, 1.0))).collect();
         Self { weights: AdapterWeights { generation: Generation([7; 32]), sites }, output_scales }
     }
 
@@ -111,7 +116,8 @@ impl World {
     /// Adds an adapter with ranks for q, k and v; 0 leaves a site out.
     fn add(&mut self, rng: &mut StdRng, ranks: [usize; 3], format: Format, extras: Extras) {
         let sites = self.spans.iter().zip(ranks).filter(|(_, rank)| *rank > 0);
-        let sites = sites.map(|(span, rank)| site(rng, span.site.module, (self.inputs, span.outputs.len()), rank, format));
+        let sites =
+            sites.map(|(span, rank)| site(rng, span.site.module, (self.inputs, span.outputs.len()), rank, format));
         let sites = sites.collect();
         self.adapters.push(Adapter::new(rng, sites, extras));
     }
@@ -265,7 +271,8 @@ fn rows_without_an_adapter_keep_their_bits() {
         for row in (1..6).chain(11..18) {
             assert_eq!(bits(&found[row * width..][..width]), bits(&world.product[row * width..][..width]));
         }
-        let base = World { segments: vec![(19, None)], ..mixed(64, [32, 32, 32], rows, Format::F16, Extras::default()) };
+        let base =
+            World { segments: vec![(19, None)], ..mixed(64, [32, 32, 32], rows, Format::F16, Extras::default()) };
         assert_eq!(bits(&base.run(&pool, isa, &[], 0..19)), bits(&base.product));
     }
 }

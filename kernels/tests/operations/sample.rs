@@ -121,7 +121,11 @@ fn distributions_match_the_reference_over_a_vocabulary() {
                 // A cut may fall one token beside the reference's where the sum is within rounding of it.
                 let (kept, expected_kept) = (count(&found), count(&expected));
                 let slack = if params.top_p < 1.0 { 1 + expected_kept / 10_000 } else { 0 };
-                assert!(kept.abs_diff(expected_kept) <= slack, "{}: {kept}, not {expected_kept}: {params:?}", isa.name());
+                assert!(
+                    kept.abs_diff(expected_kept) <= slack,
+                    "{}: {kept}, not {expected_kept}: {params:?}",
+                    isa.name()
+                );
                 for (token, (found, expected)) in found.iter().zip(&expected).enumerate() {
                     let close = (found - expected).abs() <= 1e-6 + expected * 2e-5;
                     let at_the_cut = (*found == 0.0) != (*expected == 0.0) && slack > 0;
@@ -194,7 +198,8 @@ fn greedy_takes_the_largest_and_the_lower_token_of_equals() {
     let greedy = params(|p| p.temperature = 0.0);
     let biased = params(|p| (p.temperature, p.logit_bias) = (0.0, vec![(40, 20.0)]));
     let penalised = params(|p| (p.temperature, p.repetition_penalty) = (0.0, 2.0));
-    let with = |params, prompt, banned| SampleRow::Draw { params, sample_index: 0, prompt, generated: &[], banned, top: 0 };
+    let with =
+        |params, prompt, banned| SampleRow::Draw { params, sample_index: 0, prompt, generated: &[], banned, top: 0 };
     let rows = [
         draw(&greedy),
         draw(&biased),
@@ -220,14 +225,8 @@ fn alternatives_are_the_raw_best_in_order() {
     let biased = params(|p| p.logit_bias = vec![(7, 100.0), (2_000, -100.0)]);
     for (isa, pool) in machines() {
         for top in [0, 1, 5, 20] {
-            let biased = SampleRow::Draw {
-                params: &biased,
-                sample_index: 0,
-                prompt: &[],
-                generated: &[],
-                banned: &[],
-                top,
-            };
+            let biased =
+                SampleRow::Draw { params: &biased, sample_index: 0, prompt: &[], generated: &[], banned: &[], top };
             for found in run(&pool, isa, &logits.repeat(2), vocab, &[SampleRow::Score { token: 9, top }, biased]) {
                 let tokens: Vec<usize> = found.top.iter().map(|top| top.token as usize).collect();
                 assert_eq!(tokens, order[..top], "{}", isa.name());

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use openlora_engine::EngineStats;
 use openlora_server::keys::Role;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -233,12 +234,14 @@ async fn a_peer_that_connects_and_says_nothing_is_closed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_that_stops_answering_is_noticed_and_its_request_ended() {
     let server = TestServer::start_with(|setup| {
-        setup.server.connections.keepalive_interval = Duration::from_millis(100);
-        setup.server.connections.keepalive_timeout = Duration::from_millis(100);
+        setup.server.connections.keepalive_interval = Duration::from_millis(400);
+        setup.server.connections.keepalive_timeout = Duration::from_millis(300);
     })
     .await;
     let mut socket = TcpStream::connect(server.addrs.grpc).await.expect("connects");
-    let message = prost::Message::encode_to_vec(&long_request());
+    let mut asked = long_request();
+    asked.sampling.as_mut().expect("sampling").n = Some(8);
+    let message = prost::Message::encode_to_vec(&asked);
     let mut body = vec![0];
     body.extend((message.len() as u32).to_be_bytes());
     body.extend(message);
@@ -253,14 +256,15 @@ async fn a_peer_that_stops_answering_is_noticed_and_its_request_ended() {
     bytes.extend(frame(DATA, 1, 1, &body));
     socket.write_all(&bytes).await.expect("written");
     // Asked of the engine itself: with these timeouts a slow machine might lose a client as well.
-    let until = async |wanted: usize| {
-        while server.engine.stats().running != wanted {
+    let until = async |wanted: fn(&EngineStats) -> bool| {
+        while !wanted(&server.engine.stats()) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, until(1)).await.expect("runs");
+    tokio::time::timeout(PATIENCE, until(|stats| stats.generation_tokens_total > 0)).await.expect("runs");
     // The socket stays open and its PINGs stay unanswered, as with a peer that lost its network.
-    tokio::time::timeout(PATIENCE, until(0)).await.expect("is ended");
+    tokio::time::timeout(PATIENCE, until(|stats| stats.running + stats.waiting == 0)).await.expect("is ended");
+    assert!(server.engine.stats().generation_tokens_total < 8 * 16_000, "it was ended, and did not end by itself");
     let frames = frames_until_closed(&mut socket).await;
     assert!(frames.iter().any(|(kind, _)| *kind == PING), "it was asked first: {frames:?}");
 }

@@ -199,6 +199,7 @@ async fn a_reader_that_goes_away_frees_its_blocks_in_every_phase() {
     let mut running = client.generate_stream(long_request()).await.expect("started").into_inner();
     running.next().await.expect("a message").expect("a token");
     let waiting = client.generate_stream(long_request()).await.expect("queued").into_inner();
+    server.until_running(1).await;
     let info = server.info().await;
     assert!(info.kv_blocks_free < info.kv_blocks_total, "{info:?}");
     drop(waiting);

@@ -1,6 +1,6 @@
 //! The inner loops of attention: a tile of queries against a group of key panels.
 
-use super::super::vector_math::{Chunk, Element, Kernel, LANES, Simd, exp, store_part};
+use super::super::vector_math::{Chunk, Element, Kernel, LANES, Simd, exp, load_part, store_part};
 
 /// Queries of a tile: enough that the keys of a group are read from memory once for many of them.
 pub(super) const TILE_ROWS: usize = 24;
@@ -10,6 +10,11 @@ pub(super) const TILE_PANELS: usize = 8;
 pub(super) const GROUP_SLOTS: usize = TILE_PANELS * LANES;
 /// Queries whose sums are in registers together, at most.
 const CHAINS_MAX: usize = 12;
+/// Elements from one query to the next. A constant, so that the inner loop addresses all queries of a set from one register;
+/// not a power of two, so that they do not fall into the same lines of the cache.
+const QUERY_STRIDE: usize = HEAD_DIM_MAX + LANES;
+/// Elements of a head, at most.
+pub(super) const HEAD_DIM_MAX: usize = 256;
 
 /// The queries of a tile and room for their scores.
 #[derive(Debug, Default)]
@@ -17,8 +22,8 @@ pub(super) struct Tile {
     head_dim: usize,
     /// Sets of queries that are computed together; see [`Tile::start`].
     sets: Vec<Set>,
-    /// For each set: `[head_dim][set rows]`, scale included, so that one element of all queries is together in memory.
-    queries: Vec<f32>,
+    /// Scale included.
+    queries: Vec<[f32; QUERY_STRIDE]>,
     /// Visible slots of each row: from the first on, to before the second.
     visible: Vec<(usize, usize)>,
     /// Scores, then weights, of one set: `[rows][panels][lanes]`.
@@ -130,10 +135,10 @@ impl Running {
 }
 
 impl Tile {
-    /// Makes room for heads of `head_dim` elements.
-    pub(super) fn reserve(&mut self, head_dim: usize) {
+    /// Makes room for a tile.
+    pub(super) fn reserve(&mut self) {
         self.sets.reserve(TILE_ROWS);
-        self.queries.resize(TILE_ROWS * head_dim, 0.0);
+        self.queries.resize(TILE_ROWS, [0.0; QUERY_STRIDE]);
         self.visible.resize(TILE_ROWS, (0, 0));
         self.scores.resize(CHAINS_MAX, [[0.0; LANES]; TILE_PANELS]);
     }
@@ -154,12 +159,18 @@ impl Tile {
 
     /// Sets one query and the slots it sees.
     #[inline(always)]
-    pub(super) fn set_query(&mut self, query: usize, elements: &[f32], scale: f32, visible: (usize, usize)) {
+    pub(super) fn set_query<S: Simd>(
+        &mut self,
+        simd: S,
+        query: usize,
+        elements: &[f32],
+        scale: f32,
+        visible: (usize, usize),
+    ) {
         self.visible[query] = visible;
-        let set = self.sets.iter().find(|set| query < set.first + set.rows).expect("the sets hold all queries");
-        let to = &mut self.queries[set.first * self.head_dim..][..set.rows * self.head_dim];
-        for (to, element) in to[query - set.first..].iter_mut().step_by(set.rows).zip(elements) {
-            *to = element * scale;
+        let scale = simd.splat(scale);
+        for (to, elements) in self.queries[query].chunks_mut(LANES).zip(elements.chunks(LANES)) {
+            store_part(simd, simd.mul(load_part(simd, elements), scale), to);
         }
     }
 
@@ -220,15 +231,15 @@ impl<T: Element, const M: usize, const P: usize, const C: usize> Kernel for SetO
         if oldest >= newest {
             return;
         }
-        let queries = tile.queries[set.first * tile.head_dim..][..M * tile.head_dim].as_chunks::<M>().0;
+        let queries: &[_; M] = tile.queries[set.first..].first_chunk().expect("room for all rows of a tile");
         let scores: &mut [_; M] = tile.scores.first_chunk_mut().expect("room for the largest set");
         let (mut panel, end) = (oldest / LANES, newest.div_ceil(LANES));
         while panel + P <= end {
-            score::<S, T, M, P>(simd, queries, panels, panel, scores);
+            score::<S, T, M, P>(simd, (queries, tile.head_dim), panels, panel, scores);
             panel += P;
         }
         while panel < end {
-            score::<S, T, M, 1>(simd, queries, panels, panel, scores);
+            score::<S, T, M, 1>(simd, (queries, tile.head_dim), panels, panel, scores);
             panel += 1;
         }
         for row in 0..M {
@@ -247,24 +258,24 @@ impl<T: Element, const M: usize, const P: usize, const C: usize> Kernel for SetO
 #[inline(always)]
 fn score<S: Simd, T: Element, const M: usize, const P: usize>(
     simd: S,
-    queries: &[[f32; M]],
+    (queries, head_dim): (&[[f32; QUERY_STRIDE]; M], usize),
     panels: &Panels<'_, T>,
     first: usize,
     scores: &mut [[Chunk<f32>; TILE_PANELS]; M],
 ) {
-    let head_dim = queries.len();
+    let head_dim = head_dim.min(HEAD_DIM_MAX);
     let mut keys = [&[] as &[Chunk<T>]; P];
     for (keys, panel) in keys.iter_mut().zip(&panels.keys[first..]) {
         *keys = &panel[..head_dim];
     }
     let mut sums = [[simd.splat(0.0); P]; M];
-    for (i, query) in queries.iter().enumerate() {
+    for i in 0..head_dim {
         let mut key = [simd.splat(0.0); P];
         for p in 0..P {
             key[p] = T::load(simd, &keys[p][i]);
         }
         for m in 0..M {
-            let q = simd.splat(query[m]);
+            let q = simd.splat(queries[m][i]);
             for p in 0..P {
                 sums[m][p] = simd.mul_add(q, key[p], sums[m][p]);
             }
@@ -290,7 +301,7 @@ fn soften<S: Simd>(
 ) {
     let (first, end) = (visible.0 / LANES, visible.1.div_ceil(LANES));
     let nothing = simd.splat(f32::NEG_INFINITY);
-    let mut largest = nothing;
+    let mut largest = [nothing; 2];
     for panel in first..end {
         let (from, to) = lanes(visible, panel, tokens);
         let mut score = simd.load(&scores[panel]);
@@ -298,15 +309,17 @@ fn soften<S: Simd>(
             score = simd.select(simd.lanes(from, to), score, nothing);
             simd.store(score, &mut scores[panel]);
         }
-        largest = simd.max(largest, score);
+        largest[panel & 1] = simd.max(largest[panel & 1], score);
     }
     let before = running.largest[row];
-    let largest = simd.largest(largest);
+    let largest = simd.largest(simd.max(largest[0], largest[1]));
     let mut sum = simd.load(&running.sums[row]);
     if largest > before {
-        // The first time `before` is -inf, the scale 0, and so are the sums.
-        let scale = exp(simd, simd.splat(before - largest));
         running.largest[row] = largest;
+    }
+    // The first time there is nothing to bring to the new scale.
+    if largest > before && before > f32::NEG_INFINITY {
+        let scale = exp(simd, simd.splat(before - largest));
         sum = simd.mul(sum, scale);
         let width = running.width;
         for value in &mut running.values[row * width..(row + 1) * width] {
@@ -417,8 +430,10 @@ fn add_some<S: Simd, T: Element, const M: usize, const C: usize>(
             sums[m][c] = simd.load(&values[m * width + chunk + c]);
         }
     }
+    #[expect(clippy::needless_range_loop, reason = "several arrays are indexed alike")]
     for panel in slots.0 / LANES..slots.1.div_ceil(LANES) {
         let (first, end) = lanes(slots, panel, &panels.tokens);
+        #[expect(clippy::needless_range_loop, reason = "several arrays are indexed alike")]
         for lane in first..end {
             let row: &[Chunk<T>; C] = panels.values[panel][lane * width + chunk..].first_chunk().expect("a whole row");
             let mut value = [simd.splat(0.0); C];

@@ -6,6 +6,8 @@
 //!
 //! A panel's 16 outputs are two halves of eight lanes; rows are taken up to four at a time, as 16 registers allow.
 
+#![expect(clippy::needless_range_loop, reason = "a row number indexes accumulators, activations and outputs alike")]
+
 use std::arch::x86_64::*;
 
 use super::Tile;

@@ -9,10 +9,12 @@
 //! No closure holds an intrinsic: `map` and `from_fn` are compiled without the target features, so each call of the closure
 //! would stay a call.
 
+#![expect(clippy::needless_range_loop, reason = "a row number indexes accumulators, activations and outputs alike")]
+
 use std::arch::x86_64::*;
 
-use super::{Tile, UnpackedBlock};
 use super::activations::{ActivationBlock, GROUP, SMALLEST};
+use super::{Tile, UnpackedBlock};
 use crate::cpu::pack::{BLOCK, PANEL, Q4_BLOCK_BYTES, Q8_CODES, Q8_PAIR_BYTES};
 
 /// Calls `$kernel::<R>` with R the number of rows.
@@ -69,7 +71,12 @@ pub(super) unsafe fn unpack_q4(panel: &[u8], out: &mut [UnpackedBlock]) {
 /// # Safety
 /// As for [`q4`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn q4_unpacked(panel: &[UnpackedBlock], activations: &[ActivationBlock], rows: usize, out: &mut Tile) {
+pub(super) unsafe fn q4_unpacked(
+    panel: &[UnpackedBlock],
+    activations: &[ActivationBlock],
+    rows: usize,
+    out: &mut Tile,
+) {
     assert!((1..=GROUP).contains(&rows) && panel.len() == activations.len());
     by_rows!(rows, q4_unpacked_rows(panel, activations, out))
 }
@@ -273,7 +280,8 @@ pub(super) unsafe fn quantise_row(row: &[f32], out: &mut [ActivationBlock], slot
         for (index, out) in out.iter_mut().enumerate() {
             out.scale[slot] = scale[index];
             out.scaled_sum[slot] = scaled_sum[index];
-            out.offset[slot] = -128 * sum[index].to_bits().cast_signed();
+            // Wrapping: where an element is not finite its code is meaningless, and the result is not finite by the scale.
+            out.offset[slot] = sum[index].to_bits().cast_signed().wrapping_mul(-128);
         }
     }
 }

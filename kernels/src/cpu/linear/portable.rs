@@ -1,6 +1,8 @@
 //! The kernels in plain Rust: what the vector kernels compute, lane by lane in the same order. A vector kernel may fuse a
 //! multiplication with an addition where this one rounds twice; nothing else differs.
 
+#![expect(clippy::needless_range_loop, reason = "a row number indexes accumulators, activations and outputs alike")]
+
 use half::f16;
 
 use super::Tile;

@@ -69,7 +69,7 @@ impl CpuAdapter {
             Precision::Quantised => {
                 let mut factors = Aligned::<f16>::zeroed(len, "an adapter")?;
                 let plans = weights.sites.iter().map(site_shifts).collect::<Result<Vec<_>, _>>()?;
-                place(weights, &plans, &mut factors, |value| f16::from_f32(value));
+                place(weights, &plans, &mut factors, f16::from_f32);
                 (plans, Factors::F16(factors))
             }
             Precision::F32 => {
