@@ -18,7 +18,7 @@ step "prerequisites"
 source scripts/prerequisites.sh
 step "build"
 cargo build --release --locked --bin openlora
-openlora=$PWD/target/release/openlora
+openlora=${CARGO_TARGET_DIR:-$PWD/target}/release/openlora
 step "model"
 scripts/fetch-model.sh
 

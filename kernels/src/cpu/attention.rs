@@ -29,6 +29,8 @@ use tile::{GROUP_SLOTS, HEAD_DIM_MAX, Panels, Running, TILE_PANELS, TILE_ROWS, T
 const SPAN: usize = 8 * GROUP_SLOTS;
 /// A step with fewer tiles than this for each thread shares out the spans instead.
 const TILES_PER_THREAD_MIN: usize = 3;
+/// Multiply-adds below which the caller works alone: handing a part to another thread takes longer.
+const ALONE: usize = 1 << 19;
 /// Spans shared out in one step at most; bounds the memory for their parts.
 const SHARED_SPANS_MAX: usize = 512;
 
@@ -153,12 +155,14 @@ impl<'a, T: Element> Call<'a, T> {
             worker.total.reserve(self.layout.value_row());
             worker.part.reserve(self.layout.value_row());
         }
+        let scores = scratch.items.iter().map(|item| item.rows * (item.slots.1 - item.slots.0));
+        let alone = pool.threads() == 1 || 2 * self.layout.head_dim * scores.sum::<usize>() < ALONE;
         let spans: usize = scratch.items.iter().map(|item| item.spans().len()).sum();
         let few = scratch.items.len() < TILES_PER_THREAD_MIN * pool.threads();
-        if pool.threads() > 1 && few && spans > scratch.items.len() && spans <= SHARED_SPANS_MAX {
+        if !alone && few && spans > scratch.items.len() && spans <= SHARED_SPANS_MAX {
             self.run_spans(pool, isa, scratch);
         } else {
-            self.run_tiles(pool, isa, scratch);
+            self.run_tiles((!alone).then_some(pool), isa, scratch);
         }
     }
 
@@ -190,14 +194,19 @@ impl<'a, T: Element> Call<'a, T> {
         position / size * self.layout.block_panels() * LANES + position % size
     }
 
-    fn run_tiles(&self, pool: &Pool, isa: Isa, scratch: &mut AttentionScratch) {
+    /// Every tile from its first span to its last on one thread: the pool's, or the caller alone.
+    fn run_tiles(&self, pool: Option<&Pool>, isa: Isa, scratch: &mut AttentionScratch) {
         let workers = Disjoint::new(&mut scratch.workers);
         let next = AtomicUsize::new(0);
-        pool.run(&|worker| {
+        let part = |worker: usize| {
             // SAFETY: each worker takes its own buffers.
             let worker = unsafe { &mut workers.slice(worker..worker + 1)[0] };
             dispatch(isa, Tiles { call: self, items: &scratch.items, next: &next, worker });
-        });
+        };
+        match pool {
+            Some(pool) => pool.run(&part),
+            None => part(0),
+        }
     }
 
     /// Few tiles with many keys: threads share the spans, then the caller joins them. The same numbers as [`Self::run_tiles`].
@@ -260,16 +269,10 @@ impl<'a, T: Element> Call<'a, T> {
     fn span<S: Simd>(&self, simd: S, item: &Item, span: usize, tile: &mut Tile, running: &mut Running) {
         running.start(item.rows);
         let (first, end) = (item.slots.0.max(span * SPAN), item.slots.1.min((span + 1) * SPAN));
-        let (group, last) = (first / GROUP_SLOTS, (end - 1) / GROUP_SLOTS);
-        let mut panels = self.panels(item, group, end);
-        for group in group..last {
-            let next = self.panels(item, group + 1, end);
-            // Blocks are scattered in memory and too short for the hardware to see a stream.
-            next.prefetch(simd);
+        for group in first / GROUP_SLOTS..end.div_ceil(GROUP_SLOTS) {
+            let panels = self.panels(item, group, end);
             tile.attend(simd, &panels, group * GROUP_SLOTS, running);
-            panels = next;
         }
-        tile.attend(simd, &panels, last * GROUP_SLOTS, running);
     }
 
     /// Divides by the sum of the weights and writes the rows out.

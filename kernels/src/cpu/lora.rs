@@ -4,8 +4,7 @@
 //! A call has two parts, each shared by all threads: *shrink*, `z = scale A x` for every adapted site of every row, then
 //! *expand*, `out += B z`. A part is cut into pieces of one adapter, one site, some rows and some ranks or columns; each
 //! thread has a run of pieces with its share of the work, so that one adapter of rank 256 beside thirty of rank 8 keeps
-//! nobody waiting. Nothing is padded to the largest rank. A thread asks for the next piece's factors before it computes
-//! with the present one's: with an adapter for each row, all is the time it takes to read them.
+//! nobody waiting. Nothing is padded to the largest rank.
 //!
 //! **A row's bits** depend on its own adapter alone: an element of `z` is one chain of multiply-adds over the inputs and one
 //! sum over 16 lanes; an output is one chain over the ranks, then the additions and products of the definition in
@@ -32,8 +31,6 @@ const PIECE_RANKS: usize = 16;
 const PIECE_COLUMNS: usize = 640;
 const PIECE_COLUMNS_FEW_ROWS: usize = 192;
 const FEW_ROWS: usize = 8;
-/// Elements of B that are worth asking for ahead of time.
-const PREFETCH: usize = 1 << 15;
 /// Multiply-adds below which the caller does a part alone: waking another thread takes longer.
 const ALONE: usize = 1 << 15;
 
@@ -216,9 +213,8 @@ struct Shrink<'a, 'b> {
 impl Kernel for Shrink<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for (i, piece) in self.pieces.iter().enumerate() {
+        for piece in self.pieces {
             let (adapter, site) = self.adapter(piece);
-            self.prefetch(simd, self.pieces.get(i + 1));
             match &adapter.factors {
                 Factors::F16(factors) => self.piece(simd, piece, site, factors),
                 Factors::F32(factors) => self.piece(simd, piece, site, factors),
@@ -228,18 +224,6 @@ impl Kernel for Shrink<'_, '_> {
 }
 
 impl<'b> Shrink<'_, 'b> {
-    /// Asks for the rows of A that `next` reads.
-    #[inline(always)]
-    fn prefetch<S: Simd>(&self, simd: S, next: Option<&Piece>) {
-        let Some(piece) = next else { return };
-        let (adapter, site) = self.adapter(piece);
-        let start = site.a + piece.first * site.inputs;
-        match &adapter.factors {
-            Factors::F16(factors) => simd.prefetch(&factors[start..][..piece.count * site.inputs]),
-            Factors::F32(factors) => simd.prefetch(&factors[start..][..piece.count * site.inputs]),
-        }
-    }
-
     #[inline(always)]
     fn adapter(&self, piece: &Piece) -> (&'b CpuAdapter, &'b SiteFactors) {
         self.call.adapter(&self.call.jobs[piece.job]).expect("a job with ranks has an adapter")
@@ -269,11 +253,8 @@ struct Expand<'a, 'b> {
 impl Kernel for Expand<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for (i, piece) in self.pieces.iter().enumerate() {
+        for piece in self.pieces {
             let job = &self.call.jobs[piece.job];
-            if let Some(next) = self.pieces.get(i + 1).filter(|next| next.job != piece.job) {
-                self.prefetch(simd, next);
-            }
             let span = &self.call.adapt.sites[job.span];
             let bias = self.call.adapt.bias.map(|bias| &bias[span.outputs.clone()]);
             match self.call.adapter(job) {
@@ -288,17 +269,6 @@ impl Kernel for Expand<'_, '_> {
 }
 
 impl Expand<'_, '_> {
-    /// Asks for the rows of B that `next`'s job reads.
-    #[inline(always)]
-    fn prefetch<S: Simd>(&self, simd: S, next: &Piece) {
-        let Some((adapter, site)) = self.call.adapter(&self.call.jobs[next.job]) else { return };
-        let len = (site.rank * site.outputs).min(PREFETCH);
-        match &adapter.factors {
-            Factors::F16(factors) => simd.prefetch(&factors[site.b..][..len]),
-            Factors::F32(factors) => simd.prefetch(&factors[site.b..][..len]),
-        }
-    }
-
     #[inline(always)]
     fn piece<S: Simd, T: Element>(&self, simd: S, piece: &Piece, columns: Columns<'_, T>) {
         let job = &self.call.jobs[piece.job];

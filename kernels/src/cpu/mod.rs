@@ -32,7 +32,8 @@ use attention::{Attend, AttentionScratch};
 use embed::CpuEmbedding;
 pub use isa::Isa;
 use kv::CpuKv;
-use linear::{CpuLinear, LinearScratch};
+use linear::CpuLinear;
+use linear::activations::Activations;
 use lora::{Adapt, CpuAdapter, LoraScratch};
 pub use pool::Pool;
 use sample::SampleScratch;
@@ -60,7 +61,7 @@ struct Scratch {
     rows_max: usize,
     /// Inputs of the widest linear so far.
     inputs_max: usize,
-    linear: LinearScratch,
+    activations: Activations,
     lora: LoraScratch,
     attention: AttentionScratch,
     sample: SampleScratch,
@@ -75,7 +76,7 @@ impl Cpu {
         let scratch = Scratch {
             rows_max: 0,
             inputs_max: 0,
-            linear: LinearScratch::new()?,
+            activations: Activations::new()?,
             lora: LoraScratch::default(),
             attention: AttentionScratch::default(),
             sample: SampleScratch::default(),
@@ -90,10 +91,10 @@ impl Cpu {
 }
 
 impl Scratch {
-    fn grow(&mut self, threads: usize, rows: usize, inputs: usize) -> Result<(), KernelError> {
+    fn grow(&mut self, rows: usize, inputs: usize) -> Result<(), KernelError> {
         self.rows_max = self.rows_max.max(rows);
         self.inputs_max = self.inputs_max.max(inputs);
-        self.linear.reserve(threads, self.rows_max, self.inputs_max)
+        self.activations.reserve(self.rows_max, self.inputs_max)
     }
 }
 
@@ -117,7 +118,7 @@ impl Backend for Cpu {
 
     fn load_linear(&self, spec: &LinearSpec<'_>) -> Result<CpuLinear, KernelError> {
         let linear = CpuLinear::load(&self.pool, spec, self.precision)?;
-        self.scratch().grow(self.pool.threads(), 0, linear.panels.inputs)?;
+        self.scratch().grow(0, linear.panels.inputs)?;
         Ok(linear)
     }
 
@@ -160,7 +161,7 @@ impl Backend for Cpu {
     }
 
     fn new_tensor(&self, rows_max: usize, width: usize) -> Result<CpuTensor, KernelError> {
-        self.scratch().grow(self.pool.threads(), rows_max, 0)?;
+        self.scratch().grow(rows_max, 0)?;
         CpuTensor::new(rows_max, width)
     }
 
@@ -199,7 +200,7 @@ impl Backend for Cpu {
         out: &mut CpuTensor,
     ) -> Result<(), KernelError> {
         let scratch = &mut *self.scratch();
-        linear::multiply(&self.pool, self.isa, linear, x, out, &mut scratch.linear)?;
+        linear::multiply(&self.pool, self.isa, linear, x, out, &mut scratch.activations)?;
         // DoRA scales W x + s B A x before the bias is added, so with it among the adapters the bias comes last.
         let bias = linear.bias.as_deref();
         let bias_last = bias.filter(|_| lora::rescales(&linear.sites, *lora));

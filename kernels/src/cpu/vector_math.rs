@@ -68,9 +68,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// The largest lane; NaN lanes may be ignored.
     fn largest(self, value: Self::V) -> f32;
 
-    /// Asks for the cache lines of `what` to be brought into the second-level cache.
-    fn prefetch<T>(self, what: &[T]);
-
     /// Runs `kernel` in a function of its own, compiled once however many callers it has. For bodies so large that a call
     /// costs nothing beside them: everything else is inlined into every caller.
     fn call<K: Kernel>(self, kernel: K);
@@ -131,9 +128,6 @@ pub(crate) fn store_part<S: Simd>(simd: S, value: S::V, to: &mut [f32]) {
     simd.store(value, &mut lanes);
     to.copy_from_slice(&lanes[..to.len()]);
 }
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// How numbers are held in KV blocks and adapters.
 pub(crate) trait Element: bytemuck::Pod + Default + Send + Sync {

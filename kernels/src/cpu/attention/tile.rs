@@ -53,17 +53,6 @@ impl<T> Default for Panels<'_, T> {
     }
 }
 
-impl<T> Panels<'_, T> {
-    /// Asks for all of it to be brought near.
-    #[inline(always)]
-    pub(super) fn prefetch<S: Simd>(&self, simd: S) {
-        for (keys, values) in self.keys.iter().zip(&self.values) {
-            simd.prefetch(keys);
-            simd.prefetch(values);
-        }
-    }
-}
-
 /// The online softmax of a tile's rows so far.
 #[derive(Debug, Default)]
 pub(super) struct Running {

@@ -14,7 +14,7 @@
 use std::arch::x86_64::*;
 
 use super::activations::{ActivationBlock, GROUP, SMALLEST};
-use super::{Tile, UnpackedBlock};
+use super::Tile;
 use crate::cpu::pack::{BLOCK, PANEL, Q4_BLOCK_BYTES, Q8_CODES, Q8_PAIR_BYTES};
 
 /// Calls `$kernel::<R>` with R the number of rows.
@@ -42,43 +42,6 @@ pub(super) unsafe fn q4(panel: &[u8], activations: &[ActivationBlock], rows: usi
     assert!((1..=GROUP).contains(&rows) && panel.len() >= activations.len() * Q4_BLOCK_BYTES);
     // SAFETY: the panel has a block for every block of activations.
     unsafe { by_rows!(rows, q4_rows(panel.as_ptr(), activations, out)) }
-}
-
-/// Unpacks a Q4 panel, one block for each of `out`, for [`q4_unpacked`].
-///
-/// # Safety
-/// As for [`q4`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn unpack_q4(panel: &[u8], out: &mut [UnpackedBlock]) {
-    let low_half = _mm512_set1_epi8(15);
-    for (block, out) in panel.chunks_exact(Q4_BLOCK_BYTES).zip(out) {
-        // SAFETY: every load lies within the block's 320 bytes, every store within an array of 16 f32 or 64 codes.
-        unsafe {
-            _mm512_storeu_ps(out.d.as_mut_ptr(), load_f16(block.as_ptr()));
-            _mm512_storeu_ps(out.m.as_mut_ptr(), load_f16(block.as_ptr().add(32)));
-            for vector in 0..4 {
-                let codes = _mm512_loadu_si512(block.as_ptr().add(64 + vector * 64).cast());
-                let high = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_half);
-                _mm512_storeu_si512(out.codes[vector].as_mut_ptr().cast(), _mm512_and_si512(codes, low_half));
-                _mm512_storeu_si512(out.codes[vector + 4].as_mut_ptr().cast(), high);
-            }
-        }
-    }
-}
-
-/// As [`q4`], on an unpacked panel.
-///
-/// # Safety
-/// As for [`q4`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn q4_unpacked(
-    panel: &[UnpackedBlock],
-    activations: &[ActivationBlock],
-    rows: usize,
-    out: &mut Tile,
-) {
-    assert!((1..=GROUP).contains(&rows) && panel.len() == activations.len());
-    by_rows!(rows, q4_unpacked_rows(panel, activations, out))
 }
 
 /// As [`q4`], on a Q8 panel.
@@ -145,30 +108,6 @@ unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: &[ActivationBlo
         }
         // SAFETY: the first 64 bytes of the block.
         let (d, m) = unsafe { (load_f16(weights), load_f16(weights.add(32))) };
-        for row in 0..R {
-            let scale = _mm512_mul_ps(d, _mm512_set1_ps(x.scale[row]));
-            sums[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, sums[row]);
-            sums[row] = _mm512_fmadd_ps(m, _mm512_set1_ps(x.scaled_sum[row]), sums[row]);
-        }
-    }
-    store(sums, out);
-}
-
-/// The same operations in the same order as [`q4_rows`], so the same bits.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn q4_unpacked_rows<const R: usize>(panel: &[UnpackedBlock], activations: &[ActivationBlock], out: &mut Tile) {
-    let mut sums = [_mm512_setzero_ps(); R];
-    for (weights, x) in panel.iter().zip(activations) {
-        let mut dots = [_mm512_setzero_si512(); R];
-        for vector in 0..8 {
-            // SAFETY: 64 codes.
-            let codes = unsafe { _mm512_loadu_si512(weights.codes[vector].as_ptr().cast()) };
-            for row in 0..R {
-                dots[row] = _mm512_dpbusd_epi32(dots[row], codes, broadcast(&x.codes[row], vector));
-            }
-        }
-        // SAFETY: 16 f32 each.
-        let (d, m) = unsafe { (_mm512_loadu_ps(weights.d.as_ptr()), _mm512_loadu_ps(weights.m.as_ptr())) };
         for row in 0..R {
             let scale = _mm512_mul_ps(d, _mm512_set1_ps(x.scale[row]));
             sums[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, sums[row]);

@@ -15,11 +15,8 @@ mod portable;
 
 use std::ops::Range;
 
-use bytemuck::{Pod, Zeroable};
-
-use super::pack::{BLOCK, PANEL, PanelFormat, Panels, Part};
+use super::pack::{PANEL, PanelFormat, Panels, Part};
 use super::pool::{Disjoint, Pool};
-use super::tensor::Aligned;
 use super::{CpuTensor, Isa};
 use crate::{KernelError, LinearSpec, Precision, SiteSpan};
 use activations::{ActivationBlock, Activations, GROUP};
@@ -33,49 +30,9 @@ const PASS_BYTES: usize = 1 << 20;
 /// Up to this many rows a linear costs what reading its weights costs, above it what multiplying costs.
 const BANDWIDTH_BOUND_ROWS: usize = 4;
 
-/// From this many groups of rows on, a Q4 panel is unpacked once for all of them, and the next panel is asked for meanwhile.
-/// With fewer, reading a panel is most of the work, and it goes fastest as one plain stream.
-const MANY_GROUPS: usize = 4;
-
-/// One block of a Q4 panel with a byte for every code and f32 scales.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub(super) struct UnpackedBlock {
-    /// Byte 4c + i of vector g: output c's input 4g + i.
-    codes: [[u8; 64]; BLOCK / 4],
-    d: [f32; PANEL],
-    m: [f32; PANEL],
-}
-
-/// Buffers that are kept from call to call.
-#[derive(Debug)]
-pub struct LinearScratch {
-    activations: Activations,
-    /// One panel for each worker.
-    unpacked: Aligned<UnpackedBlock>,
-}
-
-impl LinearScratch {
-    /// Empty.
-    ///
-    /// # Errors
-    /// [`KernelError::OutOfMemory`]
-    pub fn new() -> Result<Self, KernelError> {
-        Ok(Self { activations: Activations::new()?, unpacked: Aligned::zeroed(0, "unpacked weights")? })
-    }
-
-    /// Makes room for linears of up to `inputs` on `threads` threads, with up to `rows` rows.
-    ///
-    /// # Errors
-    /// [`KernelError::OutOfMemory`]
-    pub fn reserve(&mut self, threads: usize, rows: usize, inputs: usize) -> Result<(), KernelError> {
-        let blocks = threads * inputs.div_ceil(BLOCK);
-        if blocks > self.unpacked.len() {
-            self.unpacked = Aligned::zeroed(blocks, "unpacked weights")?;
-        }
-        self.activations.reserve(rows, inputs)
-    }
-}
+/// From this many groups of rows on, the next panel is asked for while one is multiplied. With fewer, reading a panel is most
+/// of the work, and it goes fastest as one plain stream.
+const MANY_GROUPS: usize = 2;
 
 /// A loaded (fused) linear.
 #[derive(Debug)]
@@ -124,23 +81,21 @@ pub fn multiply(
     linear: &CpuLinear,
     x: &CpuTensor,
     out: &mut CpuTensor,
-    scratch: &mut LinearScratch,
+    scratch: &mut Activations,
 ) -> Result<(), KernelError> {
     let panels = &linear.panels;
     assert_eq!((x.width(), out.width()), (panels.inputs, panels.outputs), "[inputs, outputs] of a linear");
     let rows = x.rows();
     out.set_rows(rows);
     if panels.parts.iter().any(|part| part.format != PanelFormat::F32) {
-        scratch.reserve(pool.threads(), rows, panels.inputs)?;
-        scratch.activations.quantise(pool, isa, x)?;
+        scratch.quantise(pool, isa, x)?;
     }
-    let operands = Operands { isa, panels, x, activations: &scratch.activations };
-    let (out, unpacked) = (Disjoint::new(out.values_mut()), Disjoint::new(&mut scratch.unpacked));
-    let blocks = (unpacked.len() / pool.threads()).min(panels.inputs.div_ceil(BLOCK));
+    let operands = Operands { isa, panels, x, activations: scratch };
+    let out = Disjoint::new(out.values_mut());
     pool.run(&|worker| {
         let mine = worker_panels(&panels.parts, rows, worker, pool.threads());
-        // SAFETY: the ranges of different workers do not overlap: neither their buffers nor their panels.
-        unsafe { operands.multiply_panels(mine, unpacked.slice(worker * blocks..(worker + 1) * blocks), &out) };
+        // SAFETY: the ranges of different workers do not overlap.
+        unsafe { operands.multiply_panels(mine, &out) };
     });
     Ok(())
 }
@@ -189,7 +144,7 @@ struct Operands<'a> {
 impl Operands<'_> {
     /// # Safety
     /// No other thread writes the columns of `range`'s panels in `out` at the same time.
-    unsafe fn multiply_panels(&self, range: Range<usize>, unpacked: &mut [UnpackedBlock], out: &Disjoint<'_, f32>) {
+    unsafe fn multiply_panels(&self, range: Range<usize>, out: &Disjoint<'_, f32>) {
         let (rows, outputs) = (self.x.rows(), self.panels.outputs);
         let group_bytes = self.panels.inputs * GROUP * size_of::<f32>();
         let groups_per_pass = (PASS_BYTES / group_bytes.max(1)).max(1);
@@ -203,10 +158,6 @@ impl Operands<'_> {
                     let column = part.outputs.start + (number - part.panels.start) * PANEL;
                     let columns = PANEL.min(part.outputs.end - column);
                     let after = self.panels.after(part, number);
-                    let unpack = part.format == PanelFormat::Q4
-                        && pass.len() >= MANY_GROUPS
-                        && unpack_q4(self.isa, panel, unpacked);
-                    let panel = if unpack { Weights::Unpacked(unpacked) } else { Weights::Packed(part.format, panel) };
                     for group in pass.clone() {
                         let (done, all) = (group - pass.start, pass.len());
                         if all >= MANY_GROUPS {
@@ -214,7 +165,7 @@ impl Operands<'_> {
                         }
                         let first = group * GROUP;
                         let in_group = GROUP.min(rows - first);
-                        self.multiply_tile(panel, first..first + in_group, &mut tile);
+                        self.multiply_tile(part.format, panel, first..first + in_group, &mut tile);
                         for (row, values) in (first..).zip(&tile[..in_group]) {
                             let start = row * outputs + column;
                             // SAFETY: these columns are this worker's alone, as the caller promises.
@@ -227,13 +178,11 @@ impl Operands<'_> {
     }
 
     /// One panel times rows `rows` of one group.
-    fn multiply_tile(&self, panel: Weights<'_>, rows: Range<usize>, tile: &mut Tile) {
-        let activations = || self.activations.group(rows.start / GROUP);
-        match panel {
-            Weights::Unpacked(panel) => q4_unpacked(self.isa, panel, activations(), rows.len(), tile),
-            Weights::Packed(PanelFormat::Q4, panel) => q4(self.isa, panel, activations(), rows.len(), tile),
-            Weights::Packed(PanelFormat::Q8, panel) => q8(self.isa, panel, activations(), rows.len(), tile),
-            Weights::Packed(PanelFormat::F32, panel) => {
+    fn multiply_tile(&self, format: PanelFormat, panel: &[u8], rows: Range<usize>, tile: &mut Tile) {
+        match format {
+            PanelFormat::Q4 => q4(self.isa, panel, self.activations.group(rows.start / GROUP), rows.len(), tile),
+            PanelFormat::Q8 => q8(self.isa, panel, self.activations.group(rows.start / GROUP), rows.len(), tile),
+            PanelFormat::F32 => {
                 let inputs = self.panels.inputs;
                 let x = &self.x.values()[rows.start * inputs..rows.end * inputs];
                 f32(self.isa, bytemuck::cast_slice(panel), x, inputs, tile);
@@ -247,36 +196,9 @@ impl Operands<'_> {
 fn prefetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
     for line in bytes.chunks(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: every x86-64 processor has the instruction, and it has no effect that a program can observe.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-    }
-}
-
-/// A panel as the kernels read it.
-#[derive(Clone, Copy)]
-enum Weights<'a> {
-    Packed(PanelFormat, &'a [u8]),
-    Unpacked(&'a [UnpackedBlock]),
-}
-
-/// Unpacks a Q4 panel where [`q4_unpacked`] is written for the instruction set; says whether it did.
-fn unpack_q4(isa: Isa, panel: &[u8], out: &mut [UnpackedBlock]) -> bool {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: an Isa above portable exists only where the processor has it.
-        Isa::Avx512Vnni => unsafe { avx512::unpack_q4(panel, out) },
-        _ => return false,
-    }
-    true
-}
-
-fn q4_unpacked(isa: Isa, panel: &[UnpackedBlock], activations: &[ActivationBlock], rows: usize, tile: &mut Tile) {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: an Isa above portable exists only where the processor has it.
-        Isa::Avx512Vnni => unsafe { avx512::q4_unpacked(panel, activations, rows, tile) },
-        _ => unreachable!("unpacked only for AVX-512"),
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
     }
 }
 

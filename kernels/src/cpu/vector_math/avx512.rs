@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Chunk, Kernel, LANES, LINE, Simd};
+use super::{Chunk, Kernel, LANES, Simd};
 
 /// Proof that the machine has AVX-512 F, BW, DQ and VL, and AVX2, FMA and F16C. Made in [`run`] alone.
 #[derive(Clone, Copy, Debug)]
@@ -138,15 +138,6 @@ impl Simd for Avx512 {
             let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
-        }
-    }
-
-    #[inline(always)]
-    fn prefetch<T>(self, what: &[T]) {
-        let start = what.as_ptr().cast::<i8>();
-        for line in (0..size_of_val(what)).step_by(LINE) {
-            // SAFETY: `self` proves that the instruction exists; it reads nothing, and the address is within `what`.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(start.add(line)) };
         }
     }
 

@@ -129,9 +129,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn prefetch<T>(self, _: &[T]) {}
-
-    #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
         run(kernel);
     }
