@@ -13,8 +13,8 @@
 
 use std::arch::x86_64::*;
 
-use super::activations::{ActivationBlock, GROUP, SMALLEST};
 use super::Tile;
+use super::activations::{ActivationBlock, GROUP, SMALLEST};
 use crate::cpu::pack::{BLOCK, PANEL, Q4_BLOCK_BYTES, Q8_CODES, Q8_PAIR_BYTES};
 
 /// Calls `$kernel::<R>` with R the number of rows.
