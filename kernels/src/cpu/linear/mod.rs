@@ -29,7 +29,6 @@ pub type Tile = [[f32; PANEL]; GROUP];
 const PASS_BYTES: usize = 1 << 20;
 /// Up to this many rows a linear costs what reading its weights costs, above it what multiplying costs.
 const BANDWIDTH_BOUND_ROWS: usize = 4;
-
 /// From this many groups of rows on, the next panel is asked for while one is multiplied. With fewer, reading a panel is most
 /// of the work, and it goes fastest as one plain stream.
 const MANY_GROUPS: usize = 2;
@@ -114,9 +113,9 @@ pub fn add_bias(pool: &Pool, bias: &[f32], out: &mut CpuTensor) {
 fn worker_panels(parts: &[Part], rows: usize, worker: usize, threads: usize) -> Range<usize> {
     let cost = |part: &Part| match part.format {
         _ if rows <= BANDWIDTH_BOUND_ROWS => part.panel_bytes,
-        // Vector instructions per block and row, docs/cpu.md: 8 dot products, conversion and scales, unpacking.
-        PanelFormat::Q4 => 25,
-        PanelFormat::Q8 => 22,
+        // Vector instructions of a block and eight rows, counted in docs/cpu.md.
+        PanelFormat::Q4 => 112,
+        PanelFormat::Q8 => 90,
         PanelFormat::F32 => 64,
     };
     let total: usize = parts.iter().map(|part| cost(part) * part.panels.len()).sum();
