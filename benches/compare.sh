@@ -29,7 +29,7 @@ for round in 1 2; do
   say "OpenVINO GenAI, base model only, round $round"
   "$peers/openvino/bin/python" benches/peers/openvino_genai_bench.py "$gguf" | tee "$run/openvino-$round.txt"
   say "llama.cpp Q4_0, base model only, round $round"
-  "$peers/llama-cpp/bin/python" benches/peers/llamacpp.py "$peers/smollm2.Q4_0.gguf" 2>/dev/null | tee "$run/llamacpp-q4_0-$round.txt"
+  "$peers/llama-cpp/bin/python" benches/peers/llamacpp.py "$peers/model.Q4_0.gguf" 2>/dev/null | tee "$run/llamacpp-q4_0-$round.txt"
 done
 say "the server beside the engine"
 benches/server_overhead.sh "$run"

@@ -6,7 +6,7 @@ use std::cell::Cell;
 
 use openlora_kernels::cpu::{Cpu, Isa};
 use openlora_kernels::{
-    Backend, BlockFormat, KernelError, LinearSpec, LoraRows, Precision, SiteSpan, TensorSource, conformance,
+    Backend, BlockFormat, KernelError, LinearSpec, LoraRows, Precision, SiteSpan, TensorSource, conformance, reference,
 };
 use openlora_types::{Module, Site};
 
@@ -95,6 +95,33 @@ fn flat(value: f32, rows: usize) -> Vec<u8> {
 
 fn source(bytes: &[u8], rows: usize, cols: usize) -> TensorSource<'_> {
     TensorSource { name: "blk.0.q", format: BlockFormat::F32, rows, cols, bytes, row_order: None }
+}
+
+#[test]
+fn a_block_that_stands_out_is_multiplied_with_two_digits() {
+    const INPUTS: usize = 320;
+    let mut random = conformance::Random::new(5);
+    for format in [BlockFormat::Q4_1, BlockFormat::Q8_0] {
+        let matrix = conformance::RandomMatrix::new(format, 40, INPUTS, &mut random);
+        let spec = LinearSpec { parts: vec![matrix.source()], bias: None, sites: Vec::new() };
+        // In row r, block r is 100 times the rest; 11 rows are a full group and a part of one.
+        let x: Vec<f32> = (0..11 * INPUTS)
+            .map(|i| random.number() * if i / INPUTS % 10 == i % INPUTS / 32 { 100.0 } else { 1.0 })
+            .collect();
+        let expected = reference::linear::linear(&spec, &x);
+        for isa in Isa::available() {
+            let cpu = cpu(2, Precision::Quantised, *isa);
+            let linear = cpu.load_linear(&spec).expect("sound");
+            let x = conformance::upload(&cpu, &x, INPUTS);
+            let mut out = cpu.new_tensor(11, 40).expect("memory");
+            cpu.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
+            let error: f64 = cpu.read_tensor(&out).iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+            let size: f64 = expected.iter().map(|b| f64::from(*b).powi(2)).sum();
+            // One digit leaves a relative error of about 1/127/sqrt(12)/sqrt(1/3) = 4e-3 in the block that is nearly all
+            // of the result; two digits leave the other blocks' share of that, 3%.
+            assert!((error / size).sqrt() < 4e-4, "{}: {format:?} {:e}", isa.name(), (error / size).sqrt());
+        }
+    }
 }
 
 #[test]

@@ -91,10 +91,10 @@ impl Cpu {
 }
 
 impl Scratch {
-    fn grow(&mut self, rows: usize, inputs: usize) -> Result<(), KernelError> {
+    fn grow(&mut self, threads: usize, rows: usize, inputs: usize) -> Result<(), KernelError> {
         self.rows_max = self.rows_max.max(rows);
         self.inputs_max = self.inputs_max.max(inputs);
-        self.activations.reserve(self.rows_max, self.inputs_max)
+        self.activations.reserve(threads, self.rows_max, self.inputs_max)
     }
 }
 
@@ -118,7 +118,9 @@ impl Backend for Cpu {
 
     fn load_linear(&self, spec: &LinearSpec<'_>) -> Result<CpuLinear, KernelError> {
         let linear = CpuLinear::load(&self.pool, spec, self.precision)?;
-        self.scratch().grow(0, linear.panels.inputs)?;
+        // In precision f32 nothing is quantised.
+        let quantised_inputs = if self.precision == Precision::F32 { 0 } else { linear.panels.inputs };
+        self.scratch().grow(self.pool.threads(), 0, quantised_inputs)?;
         Ok(linear)
     }
 
@@ -161,7 +163,7 @@ impl Backend for Cpu {
     }
 
     fn new_tensor(&self, rows_max: usize, width: usize) -> Result<CpuTensor, KernelError> {
-        self.scratch().grow(rows_max, 0)?;
+        self.scratch().grow(self.pool.threads(), rows_max, 0)?;
         CpuTensor::new(rows_max, width)
     }
 

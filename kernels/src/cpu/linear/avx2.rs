@@ -11,7 +11,7 @@
 use std::arch::x86_64::*;
 
 use super::Tile;
-use super::activations::{ActivationBlock, GROUP};
+use super::activations::{GROUP, Group, SECOND_STEPS};
 use crate::cpu::pack::{BLOCK, PANEL, Q4_BLOCK_BYTES, Q8_CODES, Q8_PAIR_BYTES};
 
 /// Rows at once.
@@ -40,8 +40,8 @@ macro_rules! by_rows {
 /// # Safety
 /// The processor has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn q4(panel: &[u8], activations: &[ActivationBlock], rows: usize, out: &mut Tile) {
-    assert!((1..=GROUP).contains(&rows) && panel.len() >= activations.len() * Q4_BLOCK_BYTES);
+pub(super) unsafe fn q4(panel: &[u8], activations: Group<'_>, rows: usize, out: &mut Tile) {
+    assert!((1..=GROUP).contains(&rows) && panel.len() >= activations.blocks.len() * Q4_BLOCK_BYTES);
     // SAFETY: the panel has a block for every block of activations.
     unsafe { by_rows!(rows, q4_rows(panel.as_ptr(), activations, out)) }
 }
@@ -51,8 +51,8 @@ pub(super) unsafe fn q4(panel: &[u8], activations: &[ActivationBlock], rows: usi
 /// # Safety
 /// As for [`q4`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn q8(panel: &[u8], activations: &[ActivationBlock], rows: usize, out: &mut Tile) {
-    let (pairs, single) = (activations.len() / 2, activations.len() % 2);
+pub(super) unsafe fn q8(panel: &[u8], activations: Group<'_>, rows: usize, out: &mut Tile) {
+    let (pairs, single) = (activations.blocks.len() / 2, activations.blocks.len() % 2);
     assert!((1..=GROUP).contains(&rows) && panel.len() >= pairs * Q8_PAIR_BYTES + single * (64 + Q8_CODES));
     // SAFETY: the panel has a block for every block of activations.
     unsafe { by_rows!(rows, q8_rows(panel.as_ptr(), activations, out)) }
@@ -77,19 +77,26 @@ fn broadcast(codes: &[i8; BLOCK], group_of_four: usize) -> __m256i {
     _mm256_set1_epi32(bytemuck::cast(codes.as_chunks::<4>().0[group_of_four]))
 }
 
+/// Adds the dot product with a row's second digits to that with its first.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_second(dot: __m256i, total: __m256) -> __m256 {
+    _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(1.0 / SECOND_STEPS), total)
+}
+
 /// # Safety
-/// `panel` points at `activations.len()` Q4 blocks; `first + R` is at most [`GROUP`]; `column` is 0 or 8.
+/// `panel` points at `activations.blocks.len()` Q4 blocks; `first + R` is at most [`GROUP`]; `column` is 0 or 8.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn q4_rows<const R: usize>(
     panel: *const u8,
-    activations: &[ActivationBlock],
+    activations: Group<'_>,
     out: &mut Tile,
     first: usize,
     column: usize,
 ) {
     let low_half = _mm256_set1_epi8(15);
     let mut sums = [_mm256_setzero_ps(); R];
-    for (block, x) in activations.iter().enumerate() {
+    for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
         // SAFETY: the caller promises a block of 320 bytes for every block of activations; every load lies within it.
         let (d, m, codes) = unsafe {
             let weights = panel.add(block * Q4_BLOCK_BYTES);
@@ -111,9 +118,23 @@ unsafe fn q4_rows<const R: usize>(
             }
         }
         for row in 0..R {
-            let dot = _mm256_madd_epi16(pairs[row], _mm256_set1_epi16(1));
+            let mut total = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[row], _mm256_set1_epi16(1)));
+            if x.has_second >> (first + row) & 1 == 1 {
+                let x = &second.codes[first + row];
+                let mut pairs = _mm256_setzero_si256();
+                for vector in 0..4 {
+                    // SAFETY: as above.
+                    let codes = unsafe { _mm256_loadu_si256(codes.add(vector * 64).cast()) };
+                    let low = _mm256_and_si256(codes, low_half);
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low_half);
+                    let low = _mm256_maddubs_epi16(low, broadcast(x, vector));
+                    let high = _mm256_maddubs_epi16(high, broadcast(x, vector + 4));
+                    pairs = _mm256_add_epi16(pairs, _mm256_add_epi16(low, high));
+                }
+                total = add_second(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), total);
+            }
             let scale = _mm256_mul_ps(d, _mm256_set1_ps(x.scale[first + row]));
-            sums[row] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, sums[row]);
+            sums[row] = _mm256_fmadd_ps(total, scale, sums[row]);
             sums[row] = _mm256_fmadd_ps(m, _mm256_set1_ps(x.scaled_sum[first + row]), sums[row]);
         }
     }
@@ -121,18 +142,18 @@ unsafe fn q4_rows<const R: usize>(
 }
 
 /// # Safety
-/// `panel` points at `activations.len()` Q8 blocks; `first + R` is at most [`GROUP`]; `column` is 0 or 8.
+/// `panel` points at `activations.blocks.len()` Q8 blocks; `first + R` is at most [`GROUP`]; `column` is 0 or 8.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn q8_rows<const R: usize>(
     panel: *const u8,
-    activations: &[ActivationBlock],
+    activations: Group<'_>,
     out: &mut Tile,
     first: usize,
     column: usize,
 ) {
     let sign = _mm256_set1_epi8(-128);
     let mut sums = [_mm256_setzero_ps(); R];
-    for (block, x) in activations.iter().enumerate() {
+    for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
         // SAFETY: the caller promises that the panel holds this block; every load lies within its scales or its codes.
         let (d, codes) = unsafe {
             let pair = panel.add(block / 2 * Q8_PAIR_BYTES);
@@ -152,8 +173,21 @@ unsafe fn q8_rows<const R: usize>(
             }
         }
         for row in 0..R {
+            let mut total = _mm256_cvtepi32_ps(dots[row]);
+            if x.has_second >> (first + row) & 1 == 1 {
+                let mut dot = _mm256_setzero_si256();
+                for vector in 0..8 {
+                    // SAFETY: as above.
+                    let codes = unsafe { _mm256_loadu_si256(codes.add(vector * 64).cast()) };
+                    let codes = _mm256_xor_si256(codes, sign);
+                    let signed = _mm256_sign_epi8(broadcast(&second.codes[first + row], vector), codes);
+                    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), signed);
+                    dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                }
+                total = add_second(dot, total);
+            }
             let scale = _mm256_mul_ps(d, _mm256_set1_ps(x.scale[first + row]));
-            sums[row] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[row]), scale, sums[row]);
+            sums[row] = _mm256_fmadd_ps(total, scale, sums[row]);
         }
     }
     store(sums, out, first, column);

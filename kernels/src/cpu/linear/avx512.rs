@@ -14,7 +14,7 @@
 use std::arch::x86_64::*;
 
 use super::Tile;
-use super::activations::{ActivationBlock, GROUP, SMALLEST};
+use super::activations::{ActivationBlock, GROUP, Group, SECOND_STEPS, SMALLEST};
 use crate::cpu::pack::{BLOCK, PANEL, Q4_BLOCK_BYTES, Q8_CODES, Q8_PAIR_BYTES};
 
 /// Calls `$kernel::<R>` with R the number of rows.
@@ -38,8 +38,8 @@ macro_rules! by_rows {
 /// # Safety
 /// The processor has AVX-512 F, BW, DQ, VL and VNNI, AVX2, FMA and F16C.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn q4(panel: &[u8], activations: &[ActivationBlock], rows: usize, out: &mut Tile) {
-    assert!((1..=GROUP).contains(&rows) && panel.len() >= activations.len() * Q4_BLOCK_BYTES);
+pub(super) unsafe fn q4(panel: &[u8], activations: Group<'_>, rows: usize, out: &mut Tile) {
+    assert!((1..=GROUP).contains(&rows) && panel.len() >= activations.blocks.len() * Q4_BLOCK_BYTES);
     // SAFETY: the panel has a block for every block of activations.
     unsafe { by_rows!(rows, q4_rows(panel.as_ptr(), activations, out)) }
 }
@@ -49,8 +49,8 @@ pub(super) unsafe fn q4(panel: &[u8], activations: &[ActivationBlock], rows: usi
 /// # Safety
 /// As for [`q4`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn q8(panel: &[u8], activations: &[ActivationBlock], rows: usize, out: &mut Tile) {
-    let (pairs, single) = (activations.len() / 2, activations.len() % 2);
+pub(super) unsafe fn q8(panel: &[u8], activations: Group<'_>, rows: usize, out: &mut Tile) {
+    let (pairs, single) = (activations.blocks.len() / 2, activations.blocks.len() % 2);
     assert!((1..=GROUP).contains(&rows) && panel.len() >= pairs * Q8_PAIR_BYTES + single * (64 + Q8_CODES));
     // SAFETY: the panel has a block for every block of activations.
     unsafe { by_rows!(rows, q8_rows(panel.as_ptr(), activations, out)) }
@@ -75,6 +75,24 @@ fn broadcast(codes: &[i8; BLOCK], group_of_four: usize) -> __m512i {
     _mm512_set1_epi32(bytemuck::cast(codes.as_chunks::<4>().0[group_of_four]))
 }
 
+/// The integer sums of all rows as f32.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn convert<const R: usize>(dots: [__m512i; R]) -> [__m512; R] {
+    let mut totals = [_mm512_setzero_ps(); R];
+    for row in 0..R {
+        totals[row] = _mm512_cvtepi32_ps(dots[row]);
+    }
+    totals
+}
+
+/// Adds the dot product with a row's second digits to that with its first.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_second(dot: __m512i, total: __m512) -> __m512 {
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(1.0 / SECOND_STEPS), total)
+}
+
 /// # Safety
 /// `bytes` points at 16 f16.
 #[inline]
@@ -85,12 +103,12 @@ unsafe fn load_f16(bytes: *const u8) -> __m512 {
 }
 
 /// # Safety
-/// `panel` points at `activations.len()` Q4 blocks.
+/// `panel` points at `activations.blocks.len()` Q4 blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: &[ActivationBlock], out: &mut Tile) {
+unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: Group<'_>, out: &mut Tile) {
     let low_half = _mm512_set1_epi8(15);
     let mut sums = [_mm512_setzero_ps(); R];
-    for (block, x) in activations.iter().enumerate() {
+    for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
         // SAFETY: the caller promises a block of 320 bytes for every block of activations.
         let weights = unsafe { panel.add(block * Q4_BLOCK_BYTES) };
         let mut dots = [_mm512_setzero_si512(); R];
@@ -106,11 +124,32 @@ unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: &[ActivationBlo
                 dots[row] = _mm512_dpbusd_epi32(dots[row], high, broadcast(&x.codes[row], vector + 4));
             }
         }
+        let mut totals = convert(dots);
+        if x.has_second != 0 {
+            let mut low = [_mm512_setzero_si512(); 4];
+            let mut high = [_mm512_setzero_si512(); 4];
+            for vector in 0..4 {
+                // SAFETY: as above.
+                let codes = unsafe { _mm512_loadu_si512(weights.add(64 + vector * 64).cast()) };
+                low[vector] = _mm512_and_si512(codes, low_half);
+                high[vector] = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_half);
+            }
+            for row in 0..R {
+                if x.has_second >> row & 1 == 1 {
+                    let mut dot = _mm512_setzero_si512();
+                    for vector in 0..4 {
+                        dot = _mm512_dpbusd_epi32(dot, low[vector], broadcast(&second.codes[row], vector));
+                        dot = _mm512_dpbusd_epi32(dot, high[vector], broadcast(&second.codes[row], vector + 4));
+                    }
+                    totals[row] = add_second(dot, totals[row]);
+                }
+            }
+        }
         // SAFETY: the first 64 bytes of the block.
         let (d, m) = unsafe { (load_f16(weights), load_f16(weights.add(32))) };
         for row in 0..R {
             let scale = _mm512_mul_ps(d, _mm512_set1_ps(x.scale[row]));
-            sums[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, sums[row]);
+            sums[row] = _mm512_fmadd_ps(totals[row], scale, sums[row]);
             sums[row] = _mm512_fmadd_ps(m, _mm512_set1_ps(x.scaled_sum[row]), sums[row]);
         }
     }
@@ -118,11 +157,11 @@ unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: &[ActivationBlo
 }
 
 /// # Safety
-/// `panel` points at `activations.len()` Q8 blocks.
+/// `panel` points at `activations.blocks.len()` Q8 blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn q8_rows<const R: usize>(panel: *const u8, activations: &[ActivationBlock], out: &mut Tile) {
+unsafe fn q8_rows<const R: usize>(panel: *const u8, activations: Group<'_>, out: &mut Tile) {
     let mut sums = [_mm512_setzero_ps(); R];
-    for (block, x) in activations.iter().enumerate() {
+    for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
         // SAFETY: the caller promises that the panel holds this block: its scales and its codes.
         let (scales, codes) = unsafe {
             let pair = panel.add(block / 2 * Q8_PAIR_BYTES);
@@ -139,11 +178,25 @@ unsafe fn q8_rows<const R: usize>(panel: *const u8, activations: &[ActivationBlo
                 dots[row] = _mm512_dpbusd_epi32(dots[row], codes, broadcast(&x.codes[row], vector));
             }
         }
+        let mut totals = convert(dots);
+        if x.has_second != 0 {
+            for row in 0..R {
+                if x.has_second >> row & 1 == 1 {
+                    let mut dot = _mm512_set1_epi32(second.offset[row]);
+                    for vector in 0..8 {
+                        // SAFETY: as above.
+                        let codes = unsafe { _mm512_loadu_si512(codes.add(vector * 64).cast()) };
+                        dot = _mm512_dpbusd_epi32(dot, codes, broadcast(&second.codes[row], vector));
+                    }
+                    totals[row] = add_second(dot, totals[row]);
+                }
+            }
+        }
         // SAFETY: the block's 32 bytes of scales.
         let d = unsafe { load_f16(scales) };
         for row in 0..R {
             let scale = _mm512_mul_ps(d, _mm512_set1_ps(x.scale[row]));
-            sums[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[row]), scale, sums[row]);
+            sums[row] = _mm512_fmadd_ps(totals[row], scale, sums[row]);
         }
     }
     store(sums, out);
@@ -178,7 +231,7 @@ fn store<const R: usize>(sums: [__m512; R], out: &mut Tile) {
 /// Blocks quantised together: one lane for the result of each.
 const CHUNK: usize = 16;
 
-/// Quantises whole blocks of one row into place `slot` of each block of `out`.
+/// The first digits of whole blocks of one row into place `slot` of each block of `out`.
 ///
 /// Finding a block's largest element and the sum of its codes are reductions over lanes, the costly part; 16 blocks share
 /// them, and their divisions.
@@ -186,7 +239,7 @@ const CHUNK: usize = 16;
 /// # Safety
 /// As for [`q4`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn quantise_row(row: &[f32], out: &mut [ActivationBlock], slot: usize) {
+pub(super) unsafe fn first_digits(row: &[f32], out: &mut [ActivationBlock], slot: usize) {
     for (row, out) in row.chunks(CHUNK * BLOCK).zip(out.chunks_mut(CHUNK)) {
         let mut lanes = [_mm512_setzero_si512(); CHUNK];
         for (x, lanes) in row.chunks_exact(BLOCK).zip(&mut lanes) {
@@ -223,6 +276,35 @@ pub(super) unsafe fn quantise_row(row: &[f32], out: &mut [ActivationBlock], slot
             out.offset[slot] = sum[index].to_bits().cast_signed().wrapping_mul(-128);
         }
     }
+}
+
+/// The second digits of a block; returns their sum.
+///
+/// # Safety
+/// As for [`q4`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) unsafe fn second_digit(x: &[f32], inverse: f32, first: &[i8; BLOCK], out: &mut [i8; BLOCK]) -> i32 {
+    let (low, high) = load_block(x);
+    // SAFETY: 32 codes.
+    let (first_low, first_high) = unsafe {
+        let first = first.as_ptr();
+        (_mm_loadu_si128(first.cast()), _mm_loadu_si128(first.add(16).cast()))
+    };
+    let (low, high) = (rest(low, inverse, first_low), rest(high, inverse, first_high));
+    // SAFETY: a place for 32 codes.
+    unsafe {
+        _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(low));
+        _mm_storeu_si128(out.as_mut_ptr().add(16).cast(), _mm512_cvtepi32_epi8(high));
+    }
+    _mm512_reduce_add_epi32(_mm512_add_epi32(low, high))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn rest(x: __m512, inverse: f32, first: __m128i) -> __m512i {
+    let first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(first));
+    let rest = _mm512_sub_ps(_mm512_mul_ps(x, _mm512_set1_ps(inverse)), first);
+    _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(SECOND_STEPS)))
 }
 
 #[inline]

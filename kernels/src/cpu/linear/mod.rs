@@ -3,8 +3,8 @@
 //!
 //! The unit of work is a tile: one panel of 16 outputs times a group of up to eight rows. A worker owns a range of panels,
 //! the same at every step, and walks through all groups of rows while a panel is in its nearest cache. Per output the
-//! arithmetic is: for each block of 32 inputs in order, the exact integer dot product, times the two scales, added to the
-//! f32 sum; then minimum times activation sum, added. Nothing of that depends on the other rows of the tile.
+//! arithmetic is: for each block of 32 inputs in order, the exact integer dot products with one or two digits of the
+//! activations, times the two scales, added to the f32 sum; then minimum times activation sum, added. Nothing of that depends on the other rows of the tile.
 
 pub mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -19,7 +19,7 @@ use super::pack::{PANEL, PanelFormat, Panels, Part};
 use super::pool::{Disjoint, Pool};
 use super::{CpuTensor, Isa};
 use crate::{KernelError, LinearSpec, Precision, SiteSpan};
-use activations::{ActivationBlock, Activations, GROUP};
+use activations::{Activations, GROUP, Group};
 
 /// One panel's outputs for one group of rows.
 pub type Tile = [[f32; PANEL]; GROUP];
@@ -201,7 +201,7 @@ fn prefetch(bytes: &[u8]) {
     }
 }
 
-fn q4(isa: Isa, panel: &[u8], activations: &[ActivationBlock], rows: usize, tile: &mut Tile) {
+fn q4(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, tile: &mut Tile) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an Isa above portable exists only where the processor has it.
@@ -213,7 +213,7 @@ fn q4(isa: Isa, panel: &[u8], activations: &[ActivationBlock], rows: usize, tile
     }
 }
 
-fn q8(isa: Isa, panel: &[u8], activations: &[ActivationBlock], rows: usize, tile: &mut Tile) {
+fn q8(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, tile: &mut Tile) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an Isa above portable exists only where the processor has it.

@@ -6,7 +6,7 @@
 use half::f16;
 
 use super::Tile;
-use super::activations::ActivationBlock;
+use super::activations::{Group, SECOND_STEPS};
 use crate::cpu::pack::{BLOCK, PANEL, Q4_BLOCK_BYTES, Q8_CODES, Q8_PAIR_BYTES};
 
 fn f16_column(bytes: &[u8], column: usize) -> f32 {
@@ -19,17 +19,22 @@ fn dot(codes: impl Fn(usize) -> i32, x: &[i8; BLOCK]) -> i32 {
 }
 
 /// `out[row] = panel * row` for the first `rows` rows of a group, on a Q4 panel.
-pub(super) fn q4(panel: &[u8], activations: &[ActivationBlock], rows: usize, out: &mut Tile) {
+pub(super) fn q4(panel: &[u8], activations: Group<'_>, rows: usize, out: &mut Tile) {
     for row in 0..rows {
         for column in 0..PANEL {
             let mut sum = 0.0;
-            for (weights, x) in panel.chunks_exact(Q4_BLOCK_BYTES).zip(activations) {
+            let blocks = activations.blocks.iter().zip(activations.seconds);
+            for (weights, (x, second)) in panel.chunks_exact(Q4_BLOCK_BYTES).zip(blocks) {
                 let (d, m) = (f16_column(weights, column), f16_column(&weights[32..], column));
                 let code = |input: usize| {
                     let byte = weights[64 + input % 16 / 4 * 64 + column * 4 + input % 4];
                     i32::from(if input < 16 { byte & 15 } else { byte >> 4 })
                 };
-                sum += dot(code, &x.codes[row]) as f32 * (d * x.scale[row]);
+                let mut total = dot(code, &x.codes[row]) as f32;
+                if x.has_second >> row & 1 == 1 {
+                    total += dot(code, &second.codes[row]) as f32 * (1.0 / SECOND_STEPS);
+                }
+                sum += total * (d * x.scale[row]);
                 sum += m * x.scaled_sum[row];
             }
             out[row][column] = sum;
@@ -38,15 +43,19 @@ pub(super) fn q4(panel: &[u8], activations: &[ActivationBlock], rows: usize, out
 }
 
 /// As [`q4`], on a Q8 panel.
-pub(super) fn q8(panel: &[u8], activations: &[ActivationBlock], rows: usize, out: &mut Tile) {
+pub(super) fn q8(panel: &[u8], activations: Group<'_>, rows: usize, out: &mut Tile) {
     for row in 0..rows {
         for column in 0..PANEL {
             let mut sum = 0.0;
-            for (block, x) in activations.iter().enumerate() {
+            for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
                 let pair = &panel[block / 2 * Q8_PAIR_BYTES..];
                 let (d, weights) = (f16_column(&pair[block % 2 * 32..], column), &pair[64 + block % 2 * Q8_CODES..]);
                 let code = |input: usize| i32::from(weights[input / 4 * 64 + column * 4 + input % 4]);
-                sum += (dot(code, &x.codes[row]) + x.offset[row]) as f32 * (d * x.scale[row]);
+                let mut total = (dot(code, &x.codes[row]) + x.offset[row]) as f32;
+                if x.has_second >> row & 1 == 1 {
+                    total += (dot(code, &second.codes[row]) + second.offset[row]) as f32 * (1.0 / SECOND_STEPS);
+                }
+                sum += total * (d * x.scale[row]);
             }
             out[row][column] = sum;
         }
