@@ -1,9 +1,9 @@
-//! Activations in 8 bits: per row and 32 inputs the codes q = round(x / s), s = largest |x| / 127, ties to even, and what
+//! Activations in 8 bits: per row and 32 inputs the codes q = round(x (1 / s)), s = largest |x| / 127, ties to even, and what
 //! the kernels need beside them.
 //!
 //! A few channels of a transformer are far larger than the rest (Dettmers et al. 2022, LLM.int8(), section 3), and the
 //! rounding of their blocks is most of what 8 bits lose. So blocks whose s stands out in their row have a second digit,
-//! r = round((x / s - q) * 254), -127..=127: x is s (q + r / 254) there. Which blocks have one depends on their own row alone.
+//! r = round((x (1 / s) - q) 254), -127..=127: x is s (q + r / 254) there. Which blocks have one depends on their own row alone.
 
 use std::ops::Range;
 
@@ -26,7 +26,7 @@ pub(super) const SMALLEST: f32 = 1e-35;
 pub const SECOND_STEPS: f32 = 254.0;
 /// A block has a second digit when the logarithm to base 2 of its scale is at least this far above the row's mean, in units
 /// of 2^-23, as the bits of an f32 count (linearly between powers of two). With 0.75 that is a sixth of SmolLM2-135M's blocks.
-const STANDS_OUT: u64 = 3 << 21;
+const STANDS_OUT: u32 = 3 << 21;
 /// What an allocation that fails is called.
 const WHAT: &str = "quantised activations";
 
@@ -139,11 +139,13 @@ impl Activations {
                 let of = group * per_row;
                 (blocks.slice(of + range.start..of + range.end), &mut scale_bits.slice(item..item + 1)[0])
             };
+            for_each_row(x, group, &range, |slot, row, out| first_digits(isa, row, &mut blocks[out], slot));
             *bits = [0; GROUP];
-            for_each_row(x, group, &range, |slot, row, out| {
-                first_digits(isa, row, &mut blocks[out.clone()], slot);
-                bits[slot] += blocks[out].iter().map(|block| u64::from(block.scale[slot].to_bits())).sum::<u64>();
-            });
+            for block in blocks {
+                for (bits, scale) in bits.iter_mut().zip(block.scale) {
+                    *bits += u64::from(scale.to_bits());
+                }
+            }
         });
 
         // A row's blocks are compared with all of its blocks, so this begins when all scales are known.
@@ -155,20 +157,27 @@ impl Activations {
                 let of = group * per_row + range.start..group * per_row + range.end;
                 (blocks.slice(of.clone()), seconds.slice(of))
             };
-            for block in &mut *blocks {
-                block.has_second = 0;
-            }
-            for_each_row(x, group, &range, |slot, row, out| {
+            let mut limits = [u32::MAX; GROUP];
+            for (slot, limit) in limits.iter_mut().enumerate().take(x.rows() - group * GROUP) {
                 let total: u64 = scale_bits[group * chunks..(group + 1) * chunks].iter().map(|bits| bits[slot]).sum();
-                let limit = total / per_row as u64 + STANDS_OUT;
-                for ((block, second), x) in
-                    blocks[out.clone()].iter_mut().zip(&mut seconds[out]).zip(row.chunks_exact(BLOCK))
-                {
-                    if u64::from(block.scale[slot].to_bits()) >= limit {
-                        second_digit(isa, x, block, second, slot);
+                *limit = (total / per_row as u64) as u32 + STANDS_OUT;
+            }
+            for ((block, second), number) in blocks.iter_mut().zip(seconds).zip(range) {
+                block.has_second = 0;
+                for (slot, limit) in limits.iter().enumerate() {
+                    block.has_second |= u32::from(block.scale[slot].to_bits() >= *limit) << slot;
+                }
+                let mut rows = block.has_second;
+                while rows != 0 {
+                    let slot = rows.trailing_zeros() as usize;
+                    rows &= rows - 1;
+                    let row = &x.row(group * GROUP + slot)[number * BLOCK..];
+                    match row.first_chunk() {
+                        Some(x) => second_digit(isa, x, block, second, slot),
+                        None => second_digit(isa, &filled_up(row), block, second, slot),
                     }
                 }
-            });
+            }
         });
         Ok(())
     }
@@ -191,11 +200,16 @@ fn for_each_row(x: &CpuTensor, group: usize, range: &Range<usize>, mut task: imp
         let whole = row.len() / BLOCK;
         task(slot, &row[..whole * BLOCK], 0..whole);
         if whole < range.len() {
-            let mut last = [0.0; BLOCK];
-            last[..row.len() - whole * BLOCK].copy_from_slice(&row[whole * BLOCK..]);
-            task(slot, &last, whole..range.len());
+            task(slot, &filled_up(&row[whole * BLOCK..]), whole..range.len());
         }
     }
+}
+
+/// The end of a row as a whole block.
+fn filled_up(end: &[f32]) -> [f32; BLOCK] {
+    let mut block = [0.0; BLOCK];
+    block[..end.len()].copy_from_slice(end);
+    block
 }
 
 /// The first digits of whole blocks of one row into place `slot` of each block of `out`.
@@ -212,7 +226,12 @@ fn first_digits(isa: Isa, row: &[f32], out: &mut [ActivationBlock], slot: usize)
 
 fn first_digits_portable(row: &[f32], out: &mut [ActivationBlock], slot: usize) {
     for (x, out) in row.chunks_exact(BLOCK).zip(out) {
-        let (scale, inverse) = scale_and_inverse(largest(x));
+        // As integers, magnitudes order the same and NaN is the largest of all; `f32::max` would drop it.
+        let largest = x.iter().fold(0, |largest, x| x.abs().to_bits().max(largest));
+        let largest = f32::from_bits(largest);
+        // Not `<`: a NaN must not become zeros.
+        let scale = if largest <= SMALLEST { 0.0 } else { largest / 127.0 };
+        let inverse = inverse(scale);
         let mut sum = 0;
         for (x, code) in x.iter().zip(&mut out.codes[slot]) {
             *code = (x * inverse).round_ties_even() as i8;
@@ -224,19 +243,14 @@ fn first_digits_portable(row: &[f32], out: &mut [ActivationBlock], slot: usize) 
     }
 }
 
-/// The largest magnitude. As integers, magnitudes order the same and NaN is the largest of all; `f32::max` would drop it.
-fn largest(x: &[f32]) -> f32 {
-    f32::from_bits(x.iter().fold(0, |largest, x| x.abs().to_bits().max(largest)))
-}
-
-fn scale_and_inverse(largest: f32) -> (f32, f32) {
-    // Not `<`: a NaN must not become zeros.
-    if largest <= SMALLEST { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) }
+/// What elements are multiplied with to become codes.
+fn inverse(scale: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
 /// The second digits of row `slot` of one block, `x`, whose first digits are known.
-fn second_digit(isa: Isa, x: &[f32], block: &mut ActivationBlock, out: &mut SecondDigits, slot: usize) {
-    let (_, inverse) = scale_and_inverse(largest(x));
+fn second_digit(isa: Isa, x: &[f32; BLOCK], block: &mut ActivationBlock, out: &mut SecondDigits, slot: usize) {
+    let inverse = inverse(block.scale[slot]);
     let sum = match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an Isa above portable exists only where the processor has it.
@@ -249,7 +263,7 @@ fn second_digit(isa: Isa, x: &[f32], block: &mut ActivationBlock, out: &mut Seco
 }
 
 /// Returns the sum of the codes.
-fn second_digit_portable(x: &[f32], inverse: f32, first: &[i8; BLOCK], out: &mut [i8; BLOCK]) -> i32 {
+fn second_digit_portable(x: &[f32; BLOCK], inverse: f32, first: &[i8; BLOCK], out: &mut [i8; BLOCK]) -> i32 {
     let mut sum = 0;
     for ((x, first), code) in x.iter().zip(first).zip(out) {
         *code = ((x * inverse - f32::from(*first)) * SECOND_STEPS).round_ties_even() as i8;

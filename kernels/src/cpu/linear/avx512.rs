@@ -252,7 +252,7 @@ pub(super) unsafe fn first_digits(row: &[f32], out: &mut [ActivationBlock], slot
         // Not `<`: a NaN must not become zeros.
         let not_tiny = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(largest, _mm512_set1_ps(SMALLEST));
         let scale = _mm512_maskz_div_ps(not_tiny, largest, _mm512_set1_ps(127.0));
-        let inverse = to_array(_mm512_maskz_div_ps(not_tiny, _mm512_set1_ps(127.0), largest));
+        let inverse = to_array(_mm512_maskz_div_ps(not_tiny, _mm512_set1_ps(1.0), scale));
         for (index, (x, lanes)) in row.chunks_exact(BLOCK).zip(&mut lanes).enumerate() {
             let (low, high) = load_block(x);
             let inverse = _mm512_set1_ps(inverse[index]);
@@ -283,7 +283,7 @@ pub(super) unsafe fn first_digits(row: &[f32], out: &mut [ActivationBlock], slot
 /// # Safety
 /// As for [`q4`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn second_digit(x: &[f32], inverse: f32, first: &[i8; BLOCK], out: &mut [i8; BLOCK]) -> i32 {
+pub(super) unsafe fn second_digit(x: &[f32; BLOCK], inverse: f32, first: &[i8; BLOCK], out: &mut [i8; BLOCK]) -> i32 {
     let (low, high) = load_block(x);
     // SAFETY: 32 codes.
     let (first_low, first_high) = unsafe {
