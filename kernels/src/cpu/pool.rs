@@ -2,8 +2,10 @@
 //!
 //! [`Pool::run`] hands the same closure to every worker; the calling thread is worker 0. Workers spin for a bounded time
 //! between operations, because waking a sleeping thread costs as much as a small operation, and then park, so that an idle
-//! server uses no processor. There is no queue and no stealing: operations split their work statically with
-//! [`Pool::split`], which keeps each thread's share of a weight matrix in its own cache from step to step.
+//! server uses no processor. There is no queue. Small operations split their work with [`Pool::split`] once and for all;
+//! large ones ([`Pool::run_shares`]) begin the same way, which keeps each thread's share of a weight matrix in its own cache
+//! from step to step, and then take from each other what is not begun yet, because a processor that has just been taken
+//! away from one thread (by another program, by the server's own threads) would have all others wait.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
@@ -11,7 +13,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
 use crate::KernelError;
@@ -48,8 +50,30 @@ struct Shared {
     pending: AtomicUsize,
     /// Which workers are parked or about to.
     parked: Vec<AtomicBool>,
+    /// What each worker of [`Pool::run_shares`] has left.
+    shares: Vec<Share>,
     poisoned: AtomicBool,
     message: Mutex<Option<String>>,
+}
+
+/// What is left of one worker's share: alone on its cache line, because every worker counts its own up all the time.
+#[derive(Default)]
+#[repr(align(64))]
+struct Share {
+    next: AtomicUsize,
+    end: AtomicUsize,
+}
+
+impl Share {
+    fn take(&self, parts: usize) -> Option<Range<usize>> {
+        let end = self.end.load(Ordering::Relaxed);
+        // Looked at first, so that those who find it empty do not count it up for ever.
+        if self.next.load(Ordering::Relaxed) >= end {
+            return None;
+        }
+        let start = self.next.fetch_add(parts, Ordering::Relaxed);
+        (start < end).then(|| start..(start + parts).min(end))
+    }
 }
 
 /// Set in `epoch` when the workers shall end.
@@ -82,6 +106,7 @@ impl Pool {
             task: UnsafeCell::new(None),
             pending: AtomicUsize::new(0),
             parked: (0..threads).map(|_| AtomicBool::new(false)).collect(),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             poisoned: AtomicBool::new(false),
             message: Mutex::new(None),
         });
@@ -111,8 +136,47 @@ impl Pool {
     /// # Panics
     /// When called from inside a task of a pool, which would wait for itself.
     pub fn run(&self, task: &(dyn Fn(usize) + Sync)) {
-        assert!(!INSIDE.get(), "Pool::run was called from inside a task");
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn();
+        self.run_in_turn(task);
+    }
+
+    /// Calls `task(worker, parts)` until all parts are done, each once: every worker begins with its own `share(worker)`, in
+    /// runs of at most `run` neighbours, and then takes over from others what they have not begun. Shares must not overlap.
+    /// Panics as for [`Pool::run`].
+    ///
+    /// # Panics
+    /// When called from inside a task of a pool, or when `run` is 0.
+    pub fn run_shares(
+        &self,
+        share: &dyn Fn(usize) -> Range<usize>,
+        run: usize,
+        task: &(dyn Fn(usize, Range<usize>) + Sync),
+    ) {
+        assert!(run > 0, "runs of no parts");
+        let _turn = self.turn();
+        // Published to the workers with the operation's epoch.
+        for (worker, left) in self.shared.shares.iter().enumerate() {
+            let share = share(worker);
+            left.next.store(share.start, Ordering::Relaxed);
+            left.end.store(share.end, Ordering::Relaxed);
+        }
+        self.run_in_turn(&|worker| {
+            let shares = &self.shared.shares;
+            for from in (worker..shares.len()).chain(0..worker) {
+                while let Some(parts) = shares[from].take(run) {
+                    task(worker, parts);
+                }
+            }
+        });
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        assert!(!INSIDE.get(), "a pool was called from inside a task");
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// [`Pool::run`] for who holds `turn`.
+    fn run_in_turn(&self, task: &(dyn Fn(usize) + Sync)) {
         if self.shared.poisoned.load(Ordering::Acquire) {
             return;
         }
@@ -305,6 +369,34 @@ impl<'a, T> Disjoint<'a, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_part_of_every_share_is_done_once_whoever_is_late() {
+        for threads in 1..6 {
+            let pool = Pool::new(threads).expect("threads");
+            for (all, run) in [(0, 1), (1, 3), (7, 2), (64, 5), (1000, 1)] {
+                for late in 0..threads {
+                    let done: Vec<AtomicUsize> = (0..all).map(|_| AtomicUsize::new(0)).collect();
+                    let by = AtomicUsize::new(0);
+                    pool.run_shares(&|worker| pool.split(all, worker), run, &|worker, parts| {
+                        assert!(parts.len() <= run);
+                        for part in parts {
+                            done[part].fetch_add(1, Ordering::Relaxed);
+                        }
+                        if worker == late {
+                            by.fetch_add(1, Ordering::Relaxed);
+                            std::thread::sleep(std::time::Duration::from_micros(200));
+                        }
+                    });
+                    assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
+                    if threads > 1 && all == 1000 {
+                        assert!(by.load(Ordering::Relaxed) < 1000 / threads, "nobody took over from {late}");
+                    }
+                }
+            }
+            pool.check().expect("no panic");
+        }
+    }
 
     #[test]
     fn every_worker_runs_every_task_once() {

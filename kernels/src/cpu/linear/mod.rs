@@ -15,11 +15,11 @@ mod portable;
 
 use std::ops::Range;
 
-use super::pack::{PANEL, PanelFormat, Panels, Part};
+use super::pack::{BLOCK, PANEL, PanelFormat, Panels, Part};
 use super::pool::{Disjoint, Pool};
 use super::{CpuTensor, Isa};
 use crate::{KernelError, LinearSpec, Precision, SiteSpan};
-use activations::{Activations, GROUP, Group};
+use activations::{ActivationBlock, Activations, GROUP, Group};
 
 /// One panel's outputs for one group of rows.
 pub type Tile = [[f32; PANEL]; GROUP];
@@ -27,6 +27,8 @@ pub type Tile = [[f32; PANEL]; GROUP];
 /// Activations of one pass over the panels: more rows than fit beside a panel in a typical second-level cache are taken in
 /// several passes.
 const PASS_BYTES: usize = 1 << 20;
+/// Runs of neighbouring panels that a worker's share is taken in: what other workers can take over when it is late.
+const RUNS: usize = 8;
 /// Up to this many rows a linear costs what reading its weights costs, above it what multiplying costs.
 const BANDWIDTH_BOUND_ROWS: usize = 4;
 /// From this many groups of rows on, the next panel is asked for while one is multiplied. With fewer, reading a panel is most
@@ -91,11 +93,17 @@ pub fn multiply(
     }
     let operands = Operands { isa, panels, x, activations: scratch };
     let out = Disjoint::new(out.values_mut());
-    pool.run(&|worker| {
-        let mine = worker_panels(&panels.parts, rows, worker, pool.threads());
-        // SAFETY: the ranges of different workers do not overlap.
-        unsafe { operands.multiply_panels(mine, &out) };
-    });
+    let groups = rows.div_ceil(GROUP);
+    let passes = groups.div_ceil((PASS_BYTES / operands.group_bytes()).max(1));
+    let all = panels.parts.last().map_or(0, |part| part.panels.end);
+    let run = (all / pool.threads() / RUNS).max(1);
+    for pass in 0..passes {
+        let groups = groups * pass / passes..groups * (pass + 1) / passes;
+        pool.run_shares(&|worker| worker_panels(&panels.parts, rows, worker, pool.threads()), run, &|_, range| {
+            // SAFETY: every panel is in one range.
+            unsafe { operands.multiply_panels(range, groups.clone(), &out) };
+        });
+    }
     Ok(())
 }
 
@@ -141,35 +149,39 @@ struct Operands<'a> {
 }
 
 impl Operands<'_> {
+    /// Bytes of one group of rows as the kernels read it.
+    fn group_bytes(&self) -> usize {
+        match self.panels.parts.first().map(|part| part.format) {
+            Some(PanelFormat::Q4 | PanelFormat::Q8) => {
+                self.panels.inputs.div_ceil(BLOCK) * size_of::<ActivationBlock>()
+            }
+            _ => (self.panels.inputs * GROUP * size_of::<f32>()).max(1),
+        }
+    }
+
     /// # Safety
     /// No other thread writes the columns of `range`'s panels in `out` at the same time.
-    unsafe fn multiply_panels(&self, range: Range<usize>, out: &Disjoint<'_, f32>) {
+    unsafe fn multiply_panels(&self, range: Range<usize>, groups: Range<usize>, out: &Disjoint<'_, f32>) {
         let (rows, outputs) = (self.x.rows(), self.panels.outputs);
-        let group_bytes = self.panels.inputs * GROUP * size_of::<f32>();
-        let groups_per_pass = (PASS_BYTES / group_bytes.max(1)).max(1);
-        let groups = rows.div_ceil(GROUP);
         let mut tile: Tile = [[0.0; PANEL]; GROUP];
-        for pass in (0..groups).step_by(groups_per_pass) {
-            let pass = pass..(pass + groups_per_pass).min(groups);
-            for part in &self.panels.parts {
-                for number in range.start.max(part.panels.start)..range.end.min(part.panels.end) {
-                    let panel = self.panels.panel(part, number);
-                    let column = part.outputs.start + (number - part.panels.start) * PANEL;
-                    let columns = PANEL.min(part.outputs.end - column);
-                    let after = self.panels.after(part, number);
-                    for group in pass.clone() {
-                        let (done, all) = (group - pass.start, pass.len());
-                        if all >= MANY_GROUPS {
-                            prefetch(&after[after.len() * done / all..after.len() * (done + 1) / all]);
-                        }
-                        let first = group * GROUP;
-                        let in_group = GROUP.min(rows - first);
-                        self.multiply_tile(part.format, panel, first..first + in_group, &mut tile);
-                        for (row, values) in (first..).zip(&tile[..in_group]) {
-                            let start = row * outputs + column;
-                            // SAFETY: these columns are this worker's alone, as the caller promises.
-                            unsafe { out.slice(start..start + columns) }.copy_from_slice(&values[..columns]);
-                        }
+        for part in &self.panels.parts {
+            for number in range.start.max(part.panels.start)..range.end.min(part.panels.end) {
+                let panel = self.panels.panel(part, number);
+                let column = part.outputs.start + (number - part.panels.start) * PANEL;
+                let columns = PANEL.min(part.outputs.end - column);
+                let after = self.panels.after(part, number);
+                for group in groups.clone() {
+                    let (done, all) = (group - groups.start, groups.len());
+                    if all >= MANY_GROUPS {
+                        prefetch(&after[after.len() * done / all..after.len() * (done + 1) / all]);
+                    }
+                    let first = group * GROUP;
+                    let in_group = GROUP.min(rows - first);
+                    self.multiply_tile(part.format, panel, first..first + in_group, &mut tile);
+                    for (row, values) in (first..).zip(&tile[..in_group]) {
+                        let start = row * outputs + column;
+                        // SAFETY: these columns are this worker's alone, as the caller promises.
+                        unsafe { out.slice(start..start + columns) }.copy_from_slice(&values[..columns]);
                     }
                 }
             }
