@@ -123,4 +123,42 @@ impl AdapterWeights {
     pub fn rank_max(&self) -> usize {
         self.sites.iter().map(SiteWeights::rank).max().unwrap_or(0)
     }
+
+    /// What the weights need of a device.
+    #[must_use]
+    pub fn sizes(&self) -> AdapterSizes {
+        let size = |site: &SiteWeights| SiteSize {
+            site: site.site,
+            rank: site.rank(),
+            inputs: site.a.cols,
+            outputs: site.b.rows,
+            b_bias: site.b_bias.is_some(),
+            dora: site.magnitude.is_some(),
+        };
+        AdapterSizes { sites: self.sites.iter().map(size).collect() }
+    }
+}
+
+/// What an adapter needs of a device, known without its weights.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AdapterSizes {
+    /// Sites in ascending order, each at most once.
+    pub sites: Vec<SiteSize>,
+}
+
+/// The sizes of one site of an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SiteSize {
+    /// The site.
+    pub site: Site,
+    /// r
+    pub rank: usize,
+    /// Columns of A.
+    pub inputs: usize,
+    /// Rows of B.
+    pub outputs: usize,
+    /// Whether B has a bias of `outputs` numbers.
+    pub b_bias: bool,
+    /// Whether there is a DoRA magnitude of `outputs` numbers.
+    pub dora: bool,
 }

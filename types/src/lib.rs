@@ -12,7 +12,7 @@ mod request;
 mod sampling;
 mod shape;
 
-pub use adapter::{AdapterWeights, Elements, Matrix, SiteWeights};
+pub use adapter::{AdapterSizes, AdapterWeights, Elements, Matrix, SiteSize, SiteWeights};
 pub use fault::{Classify, Fault, InvalidField};
 pub use ids::{Alias, Generation, SequenceId, TenantId, Time, Token};
 pub use limits::Limits;
