@@ -8,3 +8,4 @@ pub mod adapters;
 pub mod engine_bench;
 pub mod load;
 pub mod stats;
+pub mod trace;
