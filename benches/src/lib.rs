@@ -7,5 +7,7 @@
 pub mod adapters;
 pub mod engine_bench;
 pub mod load;
+pub mod register;
+pub mod replay;
 pub mod stats;
 pub mod trace;

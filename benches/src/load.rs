@@ -53,11 +53,12 @@ pub struct Measured {
     pub seconds: f64,
 }
 
-struct Timed {
-    tokens: usize,
-    ttft: Duration,
-    gaps: Vec<Duration>,
-    e2e: Duration,
+/// One answer's times.
+pub(crate) struct Timed {
+    pub(crate) tokens: usize,
+    pub(crate) ttft: Duration,
+    pub(crate) gaps: Vec<Duration>,
+    pub(crate) e2e: Duration,
 }
 
 /// Runs the load against the server at `url`; `key` is an API key or empty.
@@ -79,7 +80,7 @@ pub async fn run(url: &str, key: &str, load: &Load) -> Result<Measured> {
     loop {
         while running.len() < load.concurrency {
             let Some(message) = pending.pop() else { break };
-            running.spawn(one(channel.clone(), key.to_owned(), message));
+            running.spawn(one(channel.clone(), key.to_owned(), message, Instant::now()));
         }
         match running.join_next().await {
             None => break,
@@ -104,11 +105,15 @@ pub async fn run(url: &str, key: &str, load: &Load) -> Result<Measured> {
 
 fn request(load: &Load, index: usize, rng: &mut StdRng) -> GenerateRequest {
     let ids = (0..load.prompt_tokens).map(|_| rng.random_range(5..load.vocab)).collect();
-    let tokens = load.answer_tokens as u32;
     let adapter = match load.adapters.as_slice() {
         [] => String::new(),
         adapters => adapters[index % adapters.len()].clone(),
     };
+    greedy(adapter, ids, load.answer_tokens as u32)
+}
+
+/// A request for exactly `tokens` tokens.
+pub(crate) fn greedy(adapter: String, prompt: Vec<u32>, tokens: u32) -> GenerateRequest {
     let sampling = SamplingParameters {
         temperature: Some(0.0),
         max_tokens: Some(tokens),
@@ -117,20 +122,26 @@ fn request(load: &Load, index: usize, rng: &mut StdRng) -> GenerateRequest {
     };
     GenerateRequest {
         adapter,
-        prompt: Some(Prompt::TokenIds(TokenIds { ids })),
+        prompt: Some(Prompt::TokenIds(TokenIds { ids: prompt })),
         sampling: Some(sampling),
         output: Some(OutputOptions { token_ids: Some(true), ..OutputOptions::default() }),
         ..GenerateRequest::default()
     }
 }
 
-async fn one(channel: Channel, key: String, message: GenerateRequest) -> Result<Timed> {
+/// `message` with an API key, if there is one.
+pub(crate) fn authorized<T>(message: T, key: &str) -> Result<tonic::Request<T>> {
     let mut request = tonic::Request::new(message);
     if !key.is_empty() {
         let value: MetadataValue<_> = format!("Bearer {key}").parse().context("API key")?;
         request.metadata_mut().insert("authorization", value);
     }
-    let began = Instant::now();
+    Ok(request)
+}
+
+/// Reads one answer to its end. Times count from `began`, which may lie before the call where a request was due earlier.
+pub(crate) async fn one(channel: Channel, key: String, message: GenerateRequest, began: Instant) -> Result<Timed> {
+    let request = authorized(message, &key)?;
     let mut stream = InferenceClient::new(channel).generate_stream(request).await?.into_inner();
     let mut timed = Timed { tokens: 0, ttft: Duration::ZERO, gaps: Vec::new(), e2e: Duration::ZERO };
     let mut last = None;

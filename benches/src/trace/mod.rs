@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 pub use generate::generate;
-pub use workload::{Class, Lengths, Popularity, Tenant, Workload};
+pub use workload::{Class, Lengths, PRESETS, Popularity, Tenant, Workload};
 
 /// What the first line calls the format.
 pub const FORMAT: &str = "openlora-trace/1";
