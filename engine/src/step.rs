@@ -93,18 +93,29 @@ struct Buffers {
     rows: Vec<SequenceRows>,
     logits: Vec<LogitRow>,
     part: Vec<LogitRow>,
+    /// The step's rows that get logits, ascending, as `logits` lists them.
+    wanted: Vec<u32>,
     logit_rows: Vec<u32>,
     sampled: Vec<SampledRow>,
     results: Vec<SequenceResult>,
     gone: Vec<RequestKey>,
     segments: Vec<LoraSegment<'static, ()>>,
+    wanted_segments: Vec<LoraSegment<'static, ()>>,
     draws: Vec<SampleRow<'static>>,
+}
+
+impl Buffers {
+    /// Asks for the logits of `row` of the step.
+    fn want(&mut self, row: usize, planned: usize, score: Option<Token>) {
+        self.logits.push(LogitRow { row: self.wanted.len() as u32, planned, score });
+        self.wanted.push(row as u32);
+    }
 }
 
 /// A row whose logits are wanted.
 #[derive(Clone, Copy)]
 struct LogitRow {
-    /// Row of the step.
+    /// Place among the step's wanted rows.
     row: u32,
     /// Index into the plan's sequences.
     planned: usize,
@@ -322,9 +333,14 @@ impl<B: Backend> StepThread<B> {
             adapter: adapter(&self.sequences, &self.requests, planned.id),
         }));
         merge(&mut segments);
-        let lora = LoraRows { segments: &segments };
-        self.model.forward(&mut self.activations, &rows, &lora, &mut self.kv)?;
+        let mut wanted_segments = recycle(std::mem::take(&mut buffers.wanted_segments));
+        let of = |planned: usize| adapter(&self.sequences, &self.requests, plan.sequences[planned].id);
+        row_segments(&buffers.logits, of, &mut wanted_segments);
+        let (lora, wanted_lora) = (LoraRows { segments: &segments }, LoraRows { segments: &wanted_segments });
+        let wanted = (buffers.wanted.as_slice(), &wanted_lora);
+        self.model.forward(&mut self.activations, &rows, &lora, wanted, &mut self.kv)?;
         buffers.segments = recycle(segments);
+        buffers.wanted_segments = recycle(wanted_segments);
 
         buffers.results.clear();
         buffers.results.extend(plan.sequences.iter().map(|planned| SequenceResult {
@@ -354,6 +370,7 @@ impl<B: Backend> StepThread<B> {
         buffers.positions.clear();
         buffers.rows.clear();
         buffers.logits.clear();
+        buffers.wanted.clear();
         for (planned_index, planned) in plan.sequences.iter().enumerate() {
             let sequence = self.sequences.get_mut(&planned.id).expect("a planned sequence is known");
             let first_time = !std::mem::replace(&mut sequence.started, true);
@@ -375,16 +392,13 @@ impl<B: Backend> StepThread<B> {
                     // The row at position p scores the token at p + 1.
                     let scorable = end.min(request.prompt_tokens - 1);
                     for position in start.max(request.scored)..scorable {
-                        let row = (first_row + position - start) as u32;
-                        let score = Some(tokens[position + 1]);
-                        buffers.logits.push(LogitRow { row, planned: planned_index, score });
+                        buffers.want(first_row + position - start, planned_index, Some(tokens[position + 1]));
                     }
                     request.scored = request.scored.max(scorable);
                 }
             }
             if planned.samples {
-                let row = (first_row + planned.rows - 1) as u32;
-                buffers.logits.push(LogitRow { row, planned: planned_index, score: None });
+                buffers.want(first_row + planned.rows - 1, planned_index, None);
             }
             self.totals.prompt_tokens += end.min(request.prompt_tokens).saturating_sub(start) as u64;
         }
@@ -395,12 +409,8 @@ impl<B: Backend> StepThread<B> {
         buffers.logit_rows.clear();
         buffers.logit_rows.extend(part.iter().map(|wanted| wanted.row));
         let mut segments = recycle(std::mem::take(&mut buffers.segments));
-        segments.extend(part.iter().enumerate().map(|(row, wanted)| LoraSegment {
-            row,
-            rows: 1,
-            adapter: adapter(&self.sequences, &self.requests, plan.sequences[wanted.planned].id),
-        }));
-        merge(&mut segments);
+        let of = |planned: usize| adapter(&self.sequences, &self.requests, plan.sequences[planned].id);
+        row_segments(part, of, &mut segments);
         let lora = LoraRows { segments: &segments };
         let logits = self.model.logits(&mut self.activations, &buffers.logit_rows, &lora)?;
         let mut draws = recycle_draws(std::mem::take(&mut buffers.draws));
@@ -596,6 +606,16 @@ fn refusal(error: SubmitError) -> EngineError {
         SubmitError::Invalid(field) => EngineError::Invalid(field),
         other => EngineError::Invalid(InvalidField::new("sampling.max_tokens", format!("cannot be served: {other}"))),
     }
+}
+
+/// The adapters of rows that get logits, one row after the other; `adapter` knows them by their place in the plan.
+fn row_segments<'a, A>(rows: &[LogitRow], adapter: impl Fn(usize) -> Option<&'a A>, out: &mut Vec<LoraSegment<'a, A>>) {
+    out.extend(rows.iter().enumerate().map(|(row, wanted)| LoraSegment {
+        row,
+        rows: 1,
+        adapter: adapter(wanted.planned),
+    }));
+    merge(out);
 }
 
 /// Joins neighbouring runs of the same adapter; empties the list when no row has one.

@@ -59,6 +59,7 @@ impl<'a> Bench<'a> {
         let spans: Vec<SequenceRows> =
             (0..sequences).map(|i| SequenceRows { row: i * rows, rows, table: i * blocks, blocks }).collect();
         let last: Vec<u32> = spans.iter().map(|span| (span.row + span.rows - 1) as u32).collect();
+        let all: Vec<u32> = (0..last.len() as u32).collect();
         let lora = LoraRows { segments: &[] };
         let mut best = f64::INFINITY;
         for step in 0..steps {
@@ -66,8 +67,8 @@ impl<'a> Bench<'a> {
             let positions: Vec<u32> = (0..sequences).flat_map(|_| (from..from + rows).map(|p| p as u32)).collect();
             let step = StepRows { tokens: &tokens, positions: &positions, sequences: &spans, block_tables: &tables };
             let started = Instant::now();
-            self.model.forward(&mut self.act, &step, &lora, &mut self.kv)?;
-            self.model.logits(&mut self.act, &last, &lora)?;
+            self.model.forward(&mut self.act, &step, &lora, (&last, &lora), &mut self.kv)?;
+            self.model.logits(&mut self.act, &all, &lora)?;
             best = best.min(started.elapsed().as_secs_f64());
         }
         println!("  {name}: {:.2} ms, {:.0} tokens/s", best * 1e3, (sequences * rows) as f64 / best);

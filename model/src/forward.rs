@@ -22,16 +22,19 @@ pub struct Activations<B: Backend> {
     gate_up: B::Tensor,
     /// `[rows, intermediate]`
     activated: B::Tensor,
+    /// The residual stream and the attention's output of the wanted rows, once the others are left behind.
+    wanted_residual: B::Tensor,
+    wanted_attended: B::Tensor,
     /// Rows that get logits, `[logit rows, hidden]`.
     gathered: B::Tensor,
     /// `[logit rows, vocab]`
     logits: B::Tensor,
-    /// Rows of the last forward.
+    /// Wanted rows of the last forward.
     rows: usize,
 }
 
 impl<B: Backend> Activations<B> {
-    /// The hidden rows after the final norm, `[rows, hidden]` of the last forward.
+    /// The wanted hidden rows after the final norm, `[wanted rows, hidden]` of the last forward.
     pub fn hidden(&self) -> &B::Tensor {
         &self.normed
     }
@@ -56,6 +59,8 @@ impl<B: Backend> Model<B> {
             delta: tensor(rows, shape.hidden)?,
             gate_up: tensor(rows, 2 * shape.intermediate)?,
             activated: tensor(rows, shape.intermediate)?,
+            wanted_residual: tensor(rows, shape.hidden)?,
+            wanted_attended: tensor(rows, q)?,
             gathered: tensor(logit_rows, shape.hidden)?,
             logits: tensor(logit_rows, shape.vocab)?,
             rows: 0,
@@ -63,19 +68,23 @@ impl<B: Backend> Model<B> {
     }
 
     /// Computes the rows of a step, writing their keys and values into `kv`, and leaves the hidden rows after the final
-    /// norm in `act`. `lora` covers the step's rows. Allocates nothing.
+    /// norm of those that are `wanted` (ascending) in `act`. `lora` covers the step's rows, `wanted_lora` the wanted ones:
+    /// in the last layer the others end once their keys and values are stored. Allocates nothing.
     ///
     /// # Errors
-    /// A step that does not fit what the model was loaded for, or a device failure.
+    /// A step that does not fit what the model was loaded for, a wanted row it does not have, or a device failure.
     pub fn forward(
         &self,
         act: &mut Activations<B>,
         step: &StepRows<'_>,
         lora: &LoraRows<'_, B::Adapter>,
+        (wanted, wanted_lora): (&[u32], &LoraRows<'_, B::Adapter>),
         kv: &mut B::Kv,
     ) -> Result<(), ModelError> {
         self.check_step(step)?;
-        act.rows = step.tokens.len();
+        let rows = step.tokens.len();
+        check_wanted(wanted, rows)?;
+        act.rows = wanted.len();
         let backend = &*self.backend;
         let eps = self.config().rms_eps;
         backend.embed(&self.embedding, step.tokens, lora, &mut act.residual)?;
@@ -83,7 +92,20 @@ impl<B: Backend> Model<B> {
             // The first norm adds nothing; every later one adds what the layer before it left in `delta`.
             let delta = (number > 0).then_some(&act.delta);
             backend.add_rms_norm(&mut act.residual, delta, &layer.attention_norm, eps, &mut act.normed)?;
-            self.attend(act, number, layer, step, lora, kv)?;
+            let mut lora = lora;
+            let is_last = number + 1 == self.layers.len();
+            self.attend(act, (number, layer), step, lora, kv, is_last && wanted.is_empty())?;
+            if is_last && wanted.len() < rows {
+                if wanted.is_empty() {
+                    return Ok(());
+                }
+                backend.gather_rows(&act.residual, wanted, &mut act.wanted_residual)?;
+                backend.gather_rows(&act.attended, wanted, &mut act.wanted_attended)?;
+                std::mem::swap(&mut act.residual, &mut act.wanted_residual);
+                std::mem::swap(&mut act.attended, &mut act.wanted_attended);
+                lora = wanted_lora;
+            }
+            backend.linear(&layer.o, lora, &act.attended, &mut act.delta)?;
             backend.add_rms_norm(
                 &mut act.residual,
                 Some(&act.delta),
@@ -99,14 +121,15 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
+    /// Queries, keys and values of a layer, the latter two stored, and unless `only_store` attention over them.
     fn attend(
         &self,
         act: &mut Activations<B>,
-        number: usize,
-        layer: &Layer<B>,
+        (number, layer): (usize, &Layer<B>),
         step: &StepRows<'_>,
         lora: &LoraRows<'_, B::Adapter>,
         kv: &mut B::Kv,
+        only_store: bool,
     ) -> Result<(), ModelError> {
         let (backend, spec) = (&*self.backend, &self.attention);
         let attention = LayerAttention {
@@ -117,12 +140,13 @@ impl<B: Backend> Model<B> {
         };
         backend.linear(&layer.qkv, lora, &act.normed, &mut act.qkv)?;
         backend.rope_and_store(spec, step, attention, &mut act.qkv, kv)?;
-        backend.attention(spec, step, attention, &act.qkv, kv, &mut act.attended)?;
-        backend.linear(&layer.o, lora, &act.attended, &mut act.delta)?;
+        if !only_store {
+            backend.attention(spec, step, attention, &act.qkv, kv, &mut act.attended)?;
+        }
         Ok(())
     }
 
-    /// Logits of the given rows of the last forward, `[rows, vocab]`, in that order. `lora` covers the gathered rows (an
+    /// Logits of the given among the wanted rows of the last forward, `[rows, vocab]`, in that order. `lora` covers the gathered rows (an
     /// adapter may target the head). Sampling may overwrite them; the hidden rows stay, so that a step with more rows than
     /// `max_logit_rows` asks several times.
     ///
@@ -172,6 +196,19 @@ impl<B: Backend> Model<B> {
         }
         Ok(())
     }
+}
+
+fn check_wanted(wanted: &[u32], rows: usize) -> Result<(), ModelError> {
+    let last = wanted.last().map_or(0, |row| *row as usize + 1);
+    within("last wanted row + 1", last, rows)?;
+    if let Some(pair) = wanted.windows(2).find(|pair| pair[0] >= pair[1]) {
+        return Err(ModelError::Step {
+            what: "wanted row before a greater one",
+            value: pair[0] as usize,
+            max: pair[1] as usize,
+        });
+    }
+    Ok(())
 }
 
 fn within(what: &'static str, value: usize, max: usize) -> Result<(), ModelError> {

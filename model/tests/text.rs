@@ -457,7 +457,10 @@ fn any_text_survives_encoding_and_decoding() {
         for (tokenizer, text) in small.chain([(smollm(), &complete)]) {
             let tokens = tokenizer.encode(text, false).expect("encodes");
             assert!(tokens.iter().all(|token| !tokenizer.is_special(*token)));
-            assert_eq!(&increments(tokenizer, &tokens, DecodeOptions::default()), text);
+            // SentencePiece writes a space as U+2581 (Kudo and Richardson 2018, section 3.2), so it cannot tell the two apart.
+            let is_sentence_piece = tokenizer.decode(&tokenizer.encode("a\u{2581}b", false).expect("encodes")) == "a b";
+            let expected = if is_sentence_piece { text.replace('\u{2581}', " ") } else { text.clone() };
+            assert_eq!(increments(tokenizer, &tokens, DecodeOptions::default()), expected);
         }
     });
 }

@@ -124,3 +124,31 @@ fn a_prompt_in_chunks_gives_what_it_gives_whole() {
     check_chunks(Precision::F32);
     check_chunks(Precision::Quantised);
 }
+
+#[test]
+fn rows_that_nobody_wants_end_early_and_change_no_bit_of_the_others() {
+    for precision in [Precision::F32, Precision::Quantised] {
+        let mut host = Host::open(&real_model(), precision);
+        let adapter = host.adapter("golden/adapters/qv-r8");
+        let prompt = Case::read("golden/base.json", None).swap_remove(0).expected.prompt_ids;
+        let (blocks, other) = (blocks_for(prompt.len(), 40), blocks_for(prompt.len(), 60));
+        let sequences = [
+            Rows { tokens: &prompt, start: 0, blocks: &blocks, adapter: Some(&adapter) },
+            Rows { tokens: &prompt[..9], start: 0, blocks: &other, adapter: None },
+        ];
+        let vocab = host.model.shape().vocab;
+        let all = bits(&host.step(&sequences).concat());
+        let rows = prompt.len() as u32 + 9;
+        for wanted in [vec![rows - 10, rows - 1], vec![0, 5, rows - 3], vec![]] {
+            let found = bits(&host.step_wanted(&sequences, &wanted));
+            let expected: Vec<_> =
+                wanted.iter().flat_map(|row| &all[*row as usize * vocab..][..vocab]).copied().collect();
+            assert!(found == expected, "{precision:?}, rows {wanted:?}");
+            // What unwanted rows stored serves the next step.
+            let next = Rows { tokens: &prompt[..1], start: prompt.len(), blocks: &blocks, adapter: Some(&adapter) };
+            let after = bits(&host.step(&[next])[0]);
+            host.step(&sequences);
+            assert!(after == bits(&host.step(&[next])[0]), "{precision:?}, after rows {wanted:?}");
+        }
+    }
+}

@@ -142,6 +142,16 @@ impl Host {
 
     /// Computes one step and returns the logits of all its rows, `[rows, vocab]` per sequence.
     pub(crate) fn step(&mut self, sequences: &[Rows<'_>]) -> Vec<Vec<f32>> {
+        let counts: Vec<usize> = sequences.iter().map(|sequence| sequence.tokens.len()).collect();
+        let wanted: Vec<u32> = (0..counts.iter().sum::<usize>() as u32).collect();
+        let vocab = self.model.shape().vocab;
+        let all = self.step_wanted(sequences, &wanted);
+        let mut rest = all.as_slice();
+        counts.iter().map(|rows| rest.split_off(..rows * vocab).expect("a row for each token").to_vec()).collect()
+    }
+
+    /// Computes one step and returns the logits of the wanted rows of all sequences together, `[wanted, vocab]`.
+    pub(crate) fn step_wanted(&mut self, sequences: &[Rows<'_>], wanted: &[u32]) -> Vec<f32> {
         let mut tokens = Vec::new();
         let mut positions = Vec::new();
         let mut spans = Vec::new();
@@ -158,9 +168,12 @@ impl Host {
         let step = StepRows { tokens: &tokens, positions: &positions, sequences: &spans, block_tables: &tables };
         let segments = segments(&adapters);
         let lora = LoraRows { segments: &segments };
-        self.model.forward(&mut self.act, &step, &lora, &mut self.kv).expect("the step fits");
-        let mut all = Vec::with_capacity(tokens.len() * self.model.shape().vocab);
-        let rows: Vec<u32> = (0..tokens.len() as u32).collect();
+        let adapters: Vec<_> = wanted.iter().map(|row| adapters[*row as usize]).collect();
+        let wanted_segments = self::segments(&adapters);
+        let wanted_lora = LoraRows { segments: &wanted_segments };
+        self.model.forward(&mut self.act, &step, &lora, (wanted, &wanted_lora), &mut self.kv).expect("the step fits");
+        let mut all = Vec::with_capacity(wanted.len() * self.model.shape().vocab);
+        let rows: Vec<u32> = (0..wanted.len() as u32).collect();
         for chunk in rows.chunks(MAX_LOGIT_ROWS) {
             let first = chunk[0] as usize;
             let segments = self::segments(&adapters[first..first + chunk.len()]);
@@ -168,9 +181,8 @@ impl Host {
             let logits = self.model.logits(&mut self.act, chunk, &lora).expect("the rows fit");
             all.extend(self.model.backend().read_tensor(logits));
         }
-        let vocab = self.model.shape().vocab;
-        assert_eq!(all.len(), tokens.len() * vocab);
-        spans.iter().map(|span| all[span.row * vocab..(span.row + span.rows) * vocab].to_vec()).collect()
+        assert_eq!(all.len(), wanted.len() * self.model.shape().vocab);
+        all
     }
 
     /// Logits of a prompt alone, in one step.
