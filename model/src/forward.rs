@@ -62,7 +62,7 @@ impl<B: Backend> Model<B> {
         })
     }
 
-    /// Computes the rows of a step, writing their keys and values into `kv`, and leaves the hidden rows after the final
+    /// Computes the rows of a step, writing their keys and values into `pages`, and leaves the hidden rows after the final
     /// norm in `act`. `lora` covers the step's rows. Allocates nothing.
     ///
     /// # Errors
@@ -72,7 +72,7 @@ impl<B: Backend> Model<B> {
         act: &mut Activations<B>,
         step: &StepRows<'_>,
         lora: &LoraRows<'_, B::Adapter>,
-        kv: &mut B::Kv,
+        pages: &mut B::Pages,
     ) -> Result<(), ModelError> {
         self.check_step(step)?;
         act.rows = step.tokens.len();
@@ -83,7 +83,7 @@ impl<B: Backend> Model<B> {
             // The first norm adds nothing; every later one adds what the layer before it left in `delta`.
             let delta = (number > 0).then_some(&act.delta);
             backend.add_rms_norm(&mut act.residual, delta, &layer.attention_norm, eps, &mut act.normed)?;
-            self.attend(act, number, layer, step, lora, kv)?;
+            self.attend(act, number, layer, step, lora, pages)?;
             backend.add_rms_norm(
                 &mut act.residual,
                 Some(&act.delta),
@@ -106,7 +106,7 @@ impl<B: Backend> Model<B> {
         layer: &Layer<B>,
         step: &StepRows<'_>,
         lora: &LoraRows<'_, B::Adapter>,
-        kv: &mut B::Kv,
+        pages: &mut B::Pages,
     ) -> Result<(), ModelError> {
         let (backend, spec) = (&*self.backend, &self.attention);
         let attention = LayerAttention {
@@ -116,8 +116,8 @@ impl<B: Backend> Model<B> {
             qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q, k)),
         };
         backend.linear(&layer.qkv, lora, &act.normed, &mut act.qkv)?;
-        backend.rope_and_store(spec, step, attention, &mut act.qkv, kv)?;
-        backend.attention(spec, step, attention, &act.qkv, kv, &mut act.attended)?;
+        backend.rope_and_store(spec, step, attention, &mut act.qkv, pages)?;
+        backend.attention(spec, step, attention, &act.qkv, pages, &mut act.attended)?;
         backend.linear(&layer.o, lora, &act.attended, &mut act.delta)?;
         Ok(())
     }
