@@ -4,9 +4,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use openlora_kernels::Backend;
-use openlora_model::{LoadOptions, Model};
+use openlora_model::{LoadOptions, Model, ModelError};
 use openlora_scheduler::{Scheduler, SchedulerConfig};
-use openlora_types::{InvalidField, SamplingParams};
+use openlora_types::{AdapterWeights, InvalidField, SamplingParams};
 use tokio::sync::{mpsc, watch};
 
 use crate::handle::{EngineHandle, OutputStream, Submit};
@@ -26,7 +26,7 @@ impl Engine {
     pub fn start<B: Backend>(model: Arc<Model<B>>, config: EngineConfig) -> Result<EngineHandle, EngineError> {
         let backend = model.backend();
         let spec = *model.attention_spec();
-        let blocks = config.kv_cache_bytes / backend.kv_block_bytes(&spec, model.layers());
+        let blocks = config.kv_cache_bytes / backend.page_bytes(&spec, model.layers());
         let scheduler_config = SchedulerConfig {
             block_size: spec.block_size,
             num_blocks: blocks,
@@ -44,7 +44,7 @@ impl Engine {
             .and_then(|()| check_start(&config, model.options()))
             .map_err(|error| EngineError::Start(error.to_string()))?;
         let scheduler = Scheduler::new(scheduler_config);
-        let kv = backend.new_kv(&spec, model.layers(), blocks)?;
+        let kv = backend.new_pages(&spec, model.layers(), blocks)?;
         let stats = EngineStats { blocks_total: blocks, blocks_free: blocks, ..EngineStats::default() };
         let board = Arc::new(Board { stats: Mutex::new(stats), stopping: AtomicBool::new(false) });
         let (commands, incoming) = mpsc::channel(config.waiting_requests_max);
@@ -86,6 +86,16 @@ fn check_start(config: &EngineConfig, options: &LoadOptions) -> Result<(), Inval
         return Err(InvalidField::new("engine.max_num_batched_tokens", why));
     }
     Ok(())
+}
+
+/// Brings an adapter to the device, in a pool of its own that goes with it.
+pub(crate) fn load_adapter<B: Backend>(model: &Model<B>, weights: &AdapterWeights) -> Result<B::Adapter, ModelError> {
+    let backend = model.backend();
+    let pages = model.adapter_pages(&weights.sizes())?;
+    let mut pool = backend.new_pages(model.attention_spec(), model.layers(), pages)?;
+    // Not more than u32 numbers: the pool exists.
+    let pages: Vec<u32> = (0..pages as u32).collect();
+    model.load_adapter(weights, backend.take_pages(&mut pool, &pages)?)
 }
 
 /// What a handle needs of the engine, whatever its backend: the one place where the backend's type is erased.
@@ -158,7 +168,7 @@ impl<B: Backend> Common<B> {
     fn bring_adapter(&self, submit: &Submit) -> Result<Option<Arc<Resident<B::Adapter>>>, EngineError> {
         let Some(lease) = &submit.lease else { return Ok(None) };
         let load = || {
-            let adapter = self.model.load_adapter(lease.weights());
+            let adapter = load_adapter(&self.model, lease.weights());
             let adapter = adapter.map_err(|error| EngineError::Adapter(error.to_string()))?;
             let bytes = self.model.backend().adapter_bytes(&adapter);
             Ok((adapter, bytes))

@@ -29,7 +29,7 @@ use crate::{EngineError, EngineStats};
 pub(crate) struct StepThread<B: Backend> {
     model: Arc<Model<B>>,
     scheduler: Scheduler,
-    kv: B::Kv,
+    kv: B::Pages,
     activations: Activations<B>,
     incoming: mpsc::Receiver<Command<B::Adapter>>,
     board: Arc<Board>,
@@ -146,7 +146,7 @@ impl<B: Backend> StepThread<B> {
     pub(crate) fn new(
         model: Arc<Model<B>>,
         scheduler: Scheduler,
-        kv: B::Kv,
+        kv: B::Pages,
         incoming: mpsc::Receiver<Command<B::Adapter>>,
         board: Arc<Board>,
     ) -> Result<Self, EngineError> {

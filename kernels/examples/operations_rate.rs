@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use openlora_kernels::cpu::attention::{Attend, AttentionScratch, attention};
 use openlora_kernels::cpu::ceilings::{self, Ceilings};
-use openlora_kernels::cpu::kv::CpuKv;
+use openlora_kernels::cpu::kv::page_bytes;
 use openlora_kernels::cpu::lora::{Adapt, CpuAdapter, LoraScratch, apply};
 use openlora_kernels::cpu::norm::add_rms_norm;
+use openlora_kernels::cpu::pages::CpuPages;
 use openlora_kernels::cpu::rope::rope_and_store;
 use openlora_kernels::cpu::sample::{SampleScratch, sample};
 use openlora_kernels::cpu::swiglu::swiglu;
@@ -114,7 +115,7 @@ fn tensor(rows: usize, width: usize) -> CpuTensor {
 /// `sequences` sequences of `rows` new rows each, the last at position `context - 1`.
 fn attention_rate(machine: &Machine, sequences: usize, rows: usize, context: usize, precision: Precision) {
     let blocks = context.div_ceil(SPEC.block_size);
-    let mut kv = CpuKv::new(&SPEC, LAYERS, blocks * sequences, precision).expect("memory");
+    let mut kv = CpuPages::new(&SPEC, LAYERS, blocks * sequences, precision).expect("memory");
     kv.fill(0.5);
     let positions: Vec<u32> = (0..sequences).flat_map(|_| context - rows..context).map(|p| p as u32).collect();
     // Blocks of different sequences interleaved, as they are after a while of serving.
@@ -166,7 +167,13 @@ fn adapter(rank: usize) -> CpuAdapter {
     });
     let weights = AdapterWeights { generation: Generation([0; 32]), sites: sites.collect() };
     let scales = vec![None; weights.sites.len()];
-    CpuAdapter::load(&weights, &scales, LAYERS, Precision::Quantised).expect("a good adapter")
+    let precision = Precision::Quantised;
+    let sizes = weights.sizes();
+    let pages = CpuAdapter::pages(&sizes, page_bytes(&SPEC, LAYERS, precision), precision).expect("rows fit");
+    let mut pool = CpuPages::new(&SPEC, LAYERS, pages, precision).expect("memory");
+    let pages: Vec<u32> = (0..pages as u32).collect();
+    let pages = pool.take(&pages).expect("free");
+    CpuAdapter::load(&weights, &scales, LAYERS, precision, pages).expect("a good adapter")
 }
 
 /// The q, k, v linear's adapters: `adapters` of them with `rows` rows each.

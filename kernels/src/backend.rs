@@ -1,4 +1,4 @@
-use openlora_types::{AdapterWeights, SamplingParams, Token, TokenLogprob};
+use openlora_types::{AdapterSizes, AdapterWeights, SamplingParams, Token, TokenLogprob};
 
 use crate::{BlockFormat, KernelError, LinearSpec, TensorSource};
 
@@ -16,8 +16,10 @@ pub trait Backend: Send + Sync + 'static {
     type Vector: Send + Sync;
     /// One adapter generation, resident.
     type Adapter: Send + Sync;
-    /// The KV cache of all layers.
-    type Kv: Send;
+    /// The pool of pages: KV blocks of all layers, and adapters.
+    type Pages: Send;
+    /// Pages that belong to one adapter. Dropping it, on any thread, gives them back to their pool.
+    type PageSet: Send;
     /// Activations.
     type Tensor: Send;
 
@@ -47,29 +49,45 @@ pub trait Backend: Send + Sync + 'static {
     /// Memory.
     fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
 
-    /// Makes an adapter resident. `output_scales[i]` is, for a DoRA site `weights.sites[i]`, the `[outputs]` factor
+    /// Makes an adapter resident: writes its factors into `pages`, which are the adapter's from then on. Runs on any thread,
+    /// beside operations on the pool. `output_scales[i]` is, for a DoRA site `weights.sites[i]`, the `[outputs]` factor
     /// `m / ||W + scale * B A||`; `None` elsewhere. `layers` is the base model's number of layers.
     ///
     /// # Errors
-    /// Numbers out of the device format's range, or memory.
+    /// Fewer pages than [`Backend::adapter_pages`], numbers out of the device format's range, or memory.
     fn load_adapter(
         &self,
         weights: &AdapterWeights,
         output_scales: &[Option<Vec<f32>>],
         layers: usize,
+        pages: Self::PageSet,
     ) -> Result<Self::Adapter, KernelError>;
 
-    /// Bytes an adapter holds on the device.
+    /// How many pages of `page_bytes` [`Backend::load_adapter`] needs for an adapter of these sizes.
+    ///
+    /// # Errors
+    /// A factor that does not fit such pages.
+    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> Result<usize, KernelError>;
+
+    /// Bytes an adapter really uses on the device; its last page may be larger.
     fn adapter_bytes(&self, adapter: &Self::Adapter) -> usize;
 
-    /// Allocates the KV cache: `layers` x `blocks` blocks of `spec.block_size` tokens.
+    /// Allocates a pool of `pages` pages, numbered from 0, all of them free. A page holds the keys and values of
+    /// `spec.block_size` tokens in all `layers` layers, or a piece of one adapter. A page that no adapter owns is KV to whoever
+    /// names it in a block table.
     ///
     /// # Errors
     /// Memory.
-    fn new_kv(&self, spec: &AttentionSpec, layers: usize, blocks: usize) -> Result<Self::Kv, KernelError>;
+    fn new_pages(&self, spec: &AttentionSpec, layers: usize, pages: usize) -> Result<Self::Pages, KernelError>;
 
-    /// Bytes of one KV block over all layers.
-    fn kv_block_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize;
+    /// Bytes of one page.
+    fn page_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize;
+
+    /// Makes pages an adapter's until the set is dropped. What they held is lost.
+    ///
+    /// # Errors
+    /// A page that does not exist or is an adapter's already, named; then none is taken.
+    fn take_pages(&self, pool: &mut Self::Pages, pages: &[u32]) -> Result<Self::PageSet, KernelError>;
 
     /// Allocates activations.
     ///
@@ -123,27 +141,27 @@ pub trait Backend: Send + Sync + 'static {
     /// embedding of q and k (half-split pairs, as in Hugging Face), then k and v into the cache.
     ///
     /// # Errors
-    /// A device failure.
+    /// A block table that names a page of an adapter or none of the pool, or a device failure.
     fn rope_and_store(
         &self,
         spec: &AttentionSpec,
         step: &StepRows<'_>,
         layer: LayerAttention<'_, Self>,
         qkv: &mut Self::Tensor,
-        kv: &mut Self::Kv,
+        pages: &mut Self::Pages,
     ) -> Result<(), KernelError>;
 
     /// Causal attention of each row over its sequence's cache, `layer`'s window applied. `out: [rows, heads head_dim]`.
     ///
     /// # Errors
-    /// A device failure.
+    /// A block table that names a page of an adapter or none of the pool, or a device failure.
     fn attention(
         &self,
         spec: &AttentionSpec,
         step: &StepRows<'_>,
         layer: LayerAttention<'_, Self>,
         qkv: &Self::Tensor,
-        kv: &Self::Kv,
+        pages: &Self::Pages,
         out: &mut Self::Tensor,
     ) -> Result<(), KernelError>;
 
@@ -228,7 +246,7 @@ pub struct StepRows<'a> {
     pub positions: &'a [u32],
     /// The sequences, covering all rows in order.
     pub sequences: &'a [SequenceRows],
-    /// All block tables, one after the other: KV block numbers.
+    /// All block tables, one after the other: page numbers.
     pub block_tables: &'a [u32],
 }
 

@@ -82,6 +82,36 @@ pub enum KernelError {
         /// The value.
         value: f32,
     },
+    /// A row of an adapter's factor does not fit a page of the pool.
+    #[error(
+        "{site}: one rank of factor {factor} takes {bytes} bytes and a page of the pool has {page_bytes}; serve with larger KV blocks"
+    )]
+    AdapterRow {
+        /// Where.
+        site: Site,
+        /// A or B.
+        factor: &'static str,
+        /// Of the row.
+        bytes: usize,
+        /// Of a page.
+        page_bytes: usize,
+    },
+    /// An adapter was given too few pages.
+    #[error("the adapter needs {needed} pages of the pool and was given {given}")]
+    AdapterPages {
+        /// Pages that the factors take.
+        needed: usize,
+        /// Pages given.
+        given: usize,
+    },
+    /// A page of the pool cannot be used for what was asked.
+    #[error("page {page} {what}")]
+    Page {
+        /// Its number in the pool.
+        page: u32,
+        /// Why not.
+        what: &'static str,
+    },
     /// The device has no room for an allocation.
     #[error("{what}: {bytes} bytes could not be allocated")]
     OutOfMemory {
@@ -109,7 +139,7 @@ impl Classify for KernelError {
     }
     fn fault(&self) -> Fault {
         match self {
-            Self::AdapterShape { .. } | Self::AdapterRange { .. } => Fault::Client,
+            Self::AdapterShape { .. } | Self::AdapterRange { .. } | Self::AdapterRow { .. } => Fault::Client,
             _ => Fault::Server,
         }
     }

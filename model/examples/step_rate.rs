@@ -39,13 +39,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 struct Bench<'a> {
     model: &'a Model<Cpu>,
     act: Activations<Cpu>,
-    kv: <Cpu as Backend>::Kv,
+    kv: <Cpu as Backend>::Pages,
 }
 
 impl<'a> Bench<'a> {
     fn new(model: &'a Model<Cpu>) -> Result<Self, ModelError> {
         let blocks = 32 * 8;
-        let kv = model.backend().new_kv(model.attention_spec(), model.layers(), blocks)?;
+        let kv = model.backend().new_pages(model.attention_spec(), model.layers(), blocks)?;
         Ok(Self { model, act: model.new_activations()?, kv })
     }
 

@@ -3,7 +3,7 @@
 
 use openlora_kernels::reference::dequantise::dequantise_row;
 use openlora_kernels::{Backend, TensorSource};
-use openlora_types::{AdapterWeights, InvalidField, Matrix, ModelShape, Module, SiteWeights};
+use openlora_types::{AdapterSizes, AdapterWeights, InvalidField, Matrix, ModelShape, Module, SiteWeights};
 
 use crate::error::ModelError;
 use crate::files::ModelFiles;
@@ -11,15 +11,24 @@ use crate::roles::Role;
 use crate::weights::Model;
 
 impl<B: Backend> Model<B> {
-    /// Makes an adapter resident on the device. Takes `&self`, so that it can run beside the step thread.
+    /// How many pages of this model's pool [`Self::load_adapter`] needs for an adapter of these sizes.
+    ///
+    /// # Errors
+    /// A factor that does not fit the pool's pages.
+    pub fn adapter_pages(&self, sizes: &AdapterSizes) -> Result<usize, ModelError> {
+        let page_bytes = self.backend.page_bytes(&self.attention, self.layers());
+        Ok(self.backend.adapter_pages(sizes, page_bytes)?)
+    }
+
+    /// Makes an adapter resident on the device, in `pages` of its own. Takes `&self`, so that it can run beside the step thread.
     ///
     /// For a DoRA site the per-output factor `m / ||W + scale B A||` is computed here, once, from the base weights as
     /// they stand in the file.
     ///
     /// # Errors
     /// A site this model does not have, a factor that does not fit it, or numbers the device's format cannot hold; each
-    /// naming the site.
-    pub fn load_adapter(&self, weights: &AdapterWeights) -> Result<B::Adapter, ModelError> {
+    /// naming the site; or too few pages.
+    pub fn load_adapter(&self, weights: &AdapterWeights, pages: B::PageSet) -> Result<B::Adapter, ModelError> {
         let shape = self.shape();
         let scales = weights
             .sites
@@ -29,7 +38,7 @@ impl<B: Backend> Model<B> {
                 output_scale(&self.files, site)
             })
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(self.backend.load_adapter(weights, &scales, shape.layers)?)
+        Ok(self.backend.load_adapter(weights, &scales, shape.layers, pages)?)
     }
 }
 

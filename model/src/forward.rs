@@ -67,7 +67,7 @@ impl<B: Backend> Model<B> {
         })
     }
 
-    /// Computes the rows of a step, writing their keys and values into `kv`, and leaves the hidden rows after the final
+    /// Computes the rows of a step, writing their keys and values into `pages`, and leaves the hidden rows after the final
     /// norm of those that are `wanted` (ascending) in `act`. `lora` covers the step's rows, `wanted_lora` the wanted ones:
     /// in the last layer the others end once their keys and values are stored. Allocates nothing.
     ///
@@ -79,7 +79,7 @@ impl<B: Backend> Model<B> {
         step: &StepRows<'_>,
         lora: &LoraRows<'_, B::Adapter>,
         (wanted, wanted_lora): (&[u32], &LoraRows<'_, B::Adapter>),
-        kv: &mut B::Kv,
+        pages: &mut B::Pages,
     ) -> Result<(), ModelError> {
         self.check_step(step)?;
         let rows = step.tokens.len();
@@ -94,7 +94,7 @@ impl<B: Backend> Model<B> {
             backend.add_rms_norm(&mut act.residual, delta, &layer.attention_norm, eps, &mut act.normed)?;
             let mut lora = lora;
             let is_last = number + 1 == self.layers.len();
-            self.attend(act, (number, layer), step, lora, kv, is_last && wanted.is_empty())?;
+            self.attend(act, (number, layer), step, lora, pages, is_last && wanted.is_empty())?;
             if is_last && wanted.len() < rows {
                 if wanted.is_empty() {
                     return Ok(());
@@ -128,7 +128,7 @@ impl<B: Backend> Model<B> {
         (number, layer): (usize, &Layer<B>),
         step: &StepRows<'_>,
         lora: &LoraRows<'_, B::Adapter>,
-        kv: &mut B::Kv,
+        pages: &mut B::Pages,
         only_store: bool,
     ) -> Result<(), ModelError> {
         let (backend, spec) = (&*self.backend, &self.attention);
@@ -139,9 +139,9 @@ impl<B: Backend> Model<B> {
             qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q, k)),
         };
         backend.linear(&layer.qkv, lora, &act.normed, &mut act.qkv)?;
-        backend.rope_and_store(spec, step, attention, &mut act.qkv, kv)?;
+        backend.rope_and_store(spec, step, attention, &mut act.qkv, pages)?;
         if !only_store {
-            backend.attention(spec, step, attention, &act.qkv, kv, &mut act.attended)?;
+            backend.attention(spec, step, attention, &act.qkv, pages, &mut act.attended)?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use openlora_scheduler::SchedulerConfig;
 use openlora_types::{Alias, Limits, Priority, TenantId};
 
 use super::*;
+use crate::engine::load_adapter;
 use crate::{OutputStream, Submit};
 
 const BLOCK: usize = 16;
@@ -40,7 +41,7 @@ impl Bench {
             max_num_batched_tokens: options.max_rows,
             ..SchedulerConfig::default()
         };
-        let kv = backend.new_kv(model.attention_spec(), model.layers(), config.num_blocks).expect("memory");
+        let kv = backend.new_pages(model.attention_spec(), model.layers(), config.num_blocks).expect("memory");
         let (commands, incoming) = mpsc::channel(16);
         let board = Arc::new(Board { stats: Default::default(), stopping: Default::default() });
         let state = StepThread::new(Arc::new(model), Scheduler::new(config), kv, incoming, board).expect("memory");
@@ -96,7 +97,7 @@ impl Bench {
         let actor = Actor { name: "tests".into(), admin: true };
         store.register_folder(&alias, &root.join(name), &actor, false).expect("the fixture is valid");
         let lease = store.resolve(name).expect("it was just registered");
-        let load = || Ok((self.state.model.load_adapter(lease.weights()).expect("it fits"), 1));
+        let load = || Ok((load_adapter(&self.state.model, lease.weights()).expect("it fits"), 1));
         let resident =
             crate::residency::Residency::new(1).get_or_load(lease.generation(), load).expect("there is room");
         (lease, resident)

@@ -8,7 +8,7 @@ use openlora_kernels::{
     AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, SampleRow, SampledRow, StepRows,
     TensorSource,
 };
-use openlora_types::{AdapterWeights, Token};
+use openlora_types::{AdapterSizes, AdapterWeights, Token};
 
 /// After this long something hangs that should not; nothing is expected to take a noticeable part of it.
 pub(crate) const HANG: Duration = Duration::from_secs(60);
@@ -167,7 +167,8 @@ impl Backend for Probe {
     type Embedding = <Cpu as Backend>::Embedding;
     type Vector = <Cpu as Backend>::Vector;
     type Adapter = <Cpu as Backend>::Adapter;
-    type Kv = <Cpu as Backend>::Kv;
+    type Pages = <Cpu as Backend>::Pages;
+    type PageSet = <Cpu as Backend>::PageSet;
     type Tensor = <Cpu as Backend>::Tensor;
 
     fn describe(&self) -> String {
@@ -196,22 +197,31 @@ impl Backend for Probe {
         weights: &AdapterWeights,
         output_scales: &[Option<Vec<f32>>],
         layers: usize,
+        pages: Self::PageSet,
     ) -> Result<Self::Adapter, KernelError> {
         self.controls.enter_load();
         self.controls.strike(Operation::LoadAdapter)?;
-        self.cpu.load_adapter(weights, output_scales, layers)
+        self.cpu.load_adapter(weights, output_scales, layers, pages)
     }
 
     fn adapter_bytes(&self, adapter: &Self::Adapter) -> usize {
         self.cpu.adapter_bytes(adapter)
     }
 
-    fn new_kv(&self, spec: &AttentionSpec, layers: usize, blocks: usize) -> Result<Self::Kv, KernelError> {
-        self.cpu.new_kv(spec, layers, blocks)
+    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> Result<usize, KernelError> {
+        self.cpu.adapter_pages(sizes, page_bytes)
     }
 
-    fn kv_block_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize {
-        self.cpu.kv_block_bytes(spec, layers)
+    fn new_pages(&self, spec: &AttentionSpec, layers: usize, pages: usize) -> Result<Self::Pages, KernelError> {
+        self.cpu.new_pages(spec, layers, pages)
+    }
+
+    fn page_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize {
+        self.cpu.page_bytes(spec, layers)
+    }
+
+    fn take_pages(&self, pool: &mut Self::Pages, pages: &[u32]) -> Result<Self::PageSet, KernelError> {
+        self.cpu.take_pages(pool, pages)
     }
 
     fn new_tensor(&self, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError> {
@@ -261,10 +271,10 @@ impl Backend for Probe {
         step: &StepRows<'_>,
         layer: LayerAttention<'_, Self>,
         qkv: &mut Self::Tensor,
-        kv: &mut Self::Kv,
+        pages: &mut Self::Pages,
     ) -> Result<(), KernelError> {
         self.controls.change(|state| state.sequences_max = state.sequences_max.max(step.sequences.len()));
-        self.cpu.rope_and_store(spec, step, for_cpu(layer), qkv, kv)
+        self.cpu.rope_and_store(spec, step, for_cpu(layer), qkv, pages)
     }
 
     fn attention(
@@ -273,11 +283,11 @@ impl Backend for Probe {
         step: &StepRows<'_>,
         layer: LayerAttention<'_, Self>,
         qkv: &Self::Tensor,
-        kv: &Self::Kv,
+        pages: &Self::Pages,
         out: &mut Self::Tensor,
     ) -> Result<(), KernelError> {
         self.controls.strike(Operation::Attention)?;
-        self.cpu.attention(spec, step, for_cpu(layer), qkv, kv, out)
+        self.cpu.attention(spec, step, for_cpu(layer), qkv, pages, out)
     }
 
     fn swiglu(&self, gate_up: &Self::Tensor, out: &mut Self::Tensor) -> Result<(), KernelError> {

@@ -71,7 +71,7 @@ impl Setup {
         };
         let model = Model::load(Arc::clone(&backend), Arc::new(files), &options, &mut |_, _| ()).expect("it loads");
         let model = Arc::new(model);
-        let block_bytes = backend.kv_block_bytes(model.attention_spec(), model.layers());
+        let block_bytes = backend.page_bytes(model.attention_spec(), model.layers());
         let config = EngineConfig { kv_cache_bytes: self.blocks * block_bytes, ..self.config };
         let engine = Engine::start(Arc::clone(&model), config)?;
 

@@ -15,14 +15,18 @@
 
 mod tile;
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::kv::{CpuKv, KvLayout, KvNumbers, KvStore};
+use half::f16;
+
+use super::kv::KvLayout;
+use super::pages::CpuPages;
 use super::pool::Disjoint;
-use super::vector_math::{Chunk, Element, Kernel, LANES, Simd, dispatch};
+use super::vector_math::{Element, Kernel, LANES, Simd, dispatch};
 use super::{Cpu, CpuTensor, Isa, Pool};
-use crate::{AttentionSpec, LayerAttention, SequenceRows, StepRows};
+use crate::{AttentionSpec, LayerAttention, Precision, SequenceRows, StepRows};
 use tile::{GROUP_SLOTS, HEAD_DIM_MAX, Panels, Running, TILE_PANELS, TILE_ROWS, Tile};
 
 /// Slots after which the online softmax starts afresh.
@@ -91,13 +95,14 @@ struct Worker {
 /// [`crate::Backend::attention`].
 ///
 /// # Panics
-/// When the step does not fit the model's sizes or the cache: widths, heads that groups do not divide, a short block table.
+/// When the step does not fit the model's sizes or the cache: widths, heads that groups do not divide, a short block table,
+/// a block that is not KV ([`CpuPages::check`]).
 pub fn attention(
     pool: &Pool,
     isa: Isa,
     attend: Attend<'_>,
     qkv: &CpuTensor,
-    kv: &CpuKv,
+    pages: &CpuPages,
     out: &mut CpuTensor,
     scratch: &mut AttentionScratch,
 ) {
@@ -108,9 +113,9 @@ pub fn attention(
     assert_eq!(out.width(), heads * head_dim, "one output for each query head");
     assert_eq!(attend.step.positions.len(), qkv.rows(), "one position for each row");
     out.set_rows(qkv.rows());
-    match &kv.store {
-        KvStore::F16(numbers) => Call::new(attend, qkv, (kv.layout, numbers), out).run(pool, isa, scratch),
-        KvStore::F32(numbers) => Call::new(attend, qkv, (kv.layout, numbers), out).run(pool, isa, scratch),
+    match pages.precision {
+        Precision::Quantised => Call::<f16>::new(attend, qkv, pages, out).run(pool, isa, scratch),
+        Precision::F32 => Call::<f32>::new(attend, qkv, pages, out).run(pool, isa, scratch),
     }
 }
 
@@ -121,26 +126,21 @@ struct Call<'a, T: Element> {
     group: usize,
     layout: KvLayout,
     qkv: &'a [f32],
-    keys: &'a [Chunk<T>],
-    values: &'a [Chunk<T>],
+    pages: &'a CpuPages,
     out: Disjoint<'a, f32>,
+    element: PhantomData<T>,
 }
 
 impl<'a, T: Element> Call<'a, T> {
-    fn new(
-        attend: Attend<'a>,
-        qkv: &'a CpuTensor,
-        (layout, numbers): (KvLayout, &'a KvNumbers<T>),
-        out: &'a mut CpuTensor,
-    ) -> Self {
+    fn new(attend: Attend<'a>, qkv: &'a CpuTensor, pages: &'a CpuPages, out: &'a mut CpuTensor) -> Self {
         Self {
             attend,
             group: attend.spec.heads / attend.spec.kv_heads,
-            layout,
+            layout: pages.layout,
             qkv: qkv.values(),
-            keys: numbers.keys.as_chunks().0,
-            values: numbers.values.as_chunks().0,
+            pages,
             out: Disjoint::new(out.values_mut()),
+            element: PhantomData,
         }
     }
 
@@ -237,14 +237,16 @@ impl<'a, T: Element> Call<'a, T> {
     fn panels(&self, item: &Item, group: usize, end: usize) -> Panels<'a, T> {
         let table = &self.attend.step.block_tables[item.sequence.table..][..item.sequence.blocks];
         let block_panels = self.layout.block_panels();
-        let (key_panel, value_panel) = (self.layout.head_dim, self.layout.value_row());
+        let (key_panel, value_panel) = (self.layout.key_panel(), self.layout.value_panel());
+        let keys = self.layout.keys(self.attend.layer.layer, item.kv_head);
+        let values = self.layout.values(self.attend.layer.layer, item.kv_head);
         let mut panels = Panels::default();
         for i in 0..TILE_PANELS.min((end - group * GROUP_SLOTS).div_ceil(LANES)) {
             let panel = group * TILE_PANELS + i;
             let (block, part) = (panel / block_panels, panel % block_panels);
-            let place = self.layout.first_panel(self.attend.layer.layer, table[block], item.kv_head) + part;
-            panels.keys[i] = &self.keys[place * key_panel..][..key_panel];
-            panels.values[i] = &self.values[place * value_panel..][..value_panel];
+            let page = self.pages.page::<T>(table[block]);
+            panels.keys[i] = page[keys + part * key_panel..][..key_panel].as_chunks().0;
+            panels.values[i] = page[values + part * value_panel..][..value_panel].as_chunks().0;
             panels.tokens[i] = (self.layout.block_size - part * LANES).min(LANES);
         }
         panels

@@ -3,14 +3,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::f16;
 use openlora_types::{Module, Site, Token};
 
-use super::lora::{Columns, CpuAdapter, Factors, LoraScratch, Outputs, SiteFactors, expand};
+use super::lora::{Columns, CpuAdapter, LoraScratch, Outputs, Rows, SiteFactors, expand};
 use super::pool::Disjoint;
 use super::vector_math::{Element, RowKernel, Simd, dispatch_rows};
 use super::{CpuTensor, Isa, Pool};
 use crate::reference::dequantise::dequantise;
-use crate::{BlockFormat, KernelError, LoraRows, LoraSegment, TensorSource};
+use crate::{BlockFormat, KernelError, LoraRows, LoraSegment, Precision, TensorSource};
 
 /// An embedding table `[vocab, hidden]` that stays where it is in its file: a step reads a few rows of it.
 pub struct CpuEmbedding {
@@ -135,9 +136,12 @@ impl RowKernel for Embed<'_> {
             let Some((adapter, site)) = adapter.and_then(|adapter| Some((adapter, adapter.embedding()?))) else {
                 continue;
             };
-            match &adapter.factors {
-                Factors::F16(factors) => adapt(simd, site, factors, self.tokens[row], shrunk, out),
-                Factors::F32(factors) => adapt(simd, site, factors, self.tokens[row], shrunk, out),
+            let token = self.tokens[row] as usize;
+            match adapter.precision {
+                Precision::Quantised => {
+                    adapt::<_, f16>(simd, site, (adapter.a(site), adapter.b(site)), token, shrunk, out)
+                }
+                Precision::F32 => adapt::<_, f32>(simd, site, (adapter.a(site), adapter.b(site)), token, shrunk, out),
             }
         }
     }
@@ -148,18 +152,22 @@ impl RowKernel for Embed<'_> {
 fn adapt<S: Simd, T: Element>(
     simd: S,
     site: &SiteFactors,
-    factors: &[T],
-    token: Token,
+    (a, b): (Rows<'_, T>, Rows<'_, T>),
+    token: usize,
     shrunk: &mut [f32],
     out: &mut [f32],
 ) {
-    let token = token as usize;
     assert!(token < site.inputs && out.len() == site.outputs, "{}: shape", Site { layer: 0, module: Module::Embed });
     let shrunk = &mut shrunk[..site.rank];
-    for (k, value) in shrunk.iter_mut().enumerate() {
-        *value = factors[site.a + k * site.inputs + token].to_f32() * site.scale;
+    let mut first = 0;
+    while first < site.rank {
+        let (count, rows) = a.run(first);
+        for (value, row) in shrunk[first..first + count].iter_mut().zip(rows.chunks_exact(site.inputs)) {
+            *value = row[token].to_f32() * site.scale;
+        }
+        first += count;
     }
-    expand(simd, shrunk, &Columns::new(site, factors, None), 0..site.outputs, &mut OneRow(out));
+    expand(simd, shrunk, &Columns::new(site, b, None), 0..site.outputs, &mut OneRow(out));
 }
 
 struct OneRow<'a>(&'a mut [f32]);

@@ -12,15 +12,19 @@
 
 mod adapter;
 mod kernels;
+mod placement;
 
 pub use adapter::CpuAdapter;
-pub(super) use adapter::{Factors, SiteFactors};
+pub(super) use adapter::SiteFactors;
 pub(super) use kernels::{Columns, Outputs, expand};
+pub(super) use placement::Rows;
+
+use half::f16;
 
 use super::pool::Disjoint;
 use super::vector_math::{Element, Kernel, Simd, dispatch};
 use super::{CpuTensor, Isa, Pool};
-use crate::{LoraRows, SiteSpan};
+use crate::{LoraRows, Precision, SiteSpan};
 use kernels::shrink;
 
 /// Rows of a piece: few enough that their inputs stay in the second-level cache.
@@ -215,9 +219,9 @@ impl Kernel for Shrink<'_, '_> {
     fn run<S: Simd>(self, simd: S) {
         for piece in self.pieces {
             let (adapter, site) = self.adapter(piece);
-            match &adapter.factors {
-                Factors::F16(factors) => self.piece(simd, piece, site, factors),
-                Factors::F32(factors) => self.piece(simd, piece, site, factors),
+            match adapter.precision {
+                Precision::Quantised => self.piece::<_, f16>(simd, piece, site, adapter.a(site)),
+                Precision::F32 => self.piece::<_, f32>(simd, piece, site, adapter.a(site)),
             }
         }
     }
@@ -230,17 +234,22 @@ impl<'b> Shrink<'_, 'b> {
     }
 
     #[inline(always)]
-    fn piece<S: Simd, T: Element>(&self, simd: S, piece: &Piece, site: &SiteFactors, factors: &[T]) {
+    fn piece<S: Simd, T: Element>(&self, simd: S, piece: &Piece, site: &SiteFactors, a: Rows<'_, T>) {
         let job = &self.call.jobs[piece.job];
         let width = self.call.x_width;
         let x = &self.call.x[piece.row * width..][..piece.rows * width];
-        let a = &factors[site.a + piece.first * width..][..piece.count * width];
         let start = job.shrunk + (piece.row - self.call.adapt.lora.segments[job.segment].row) * site.rank;
-        shrink(simd, x, a, width, &mut |row, rank, value| {
-            let place = start + row * site.rank + piece.first + rank;
-            // SAFETY: pieces do not share rows and ranks, and each is computed by one thread.
-            unsafe { self.shrunk.slice(place..place + 1)[0] = value * site.scale };
-        });
+        let (mut first, end) = (piece.first, piece.first + piece.count);
+        while first < end {
+            let (count, rows) = a.run(first);
+            let count = count.min(end - first);
+            shrink(simd, x, &rows[..count * width], width, &mut |row, rank, value| {
+                let place = start + row * site.rank + first + rank;
+                // SAFETY: pieces do not share rows and ranks, and each is computed by one thread.
+                unsafe { self.shrunk.slice(place..place + 1)[0] = value * site.scale };
+            });
+            first += count;
+        }
     }
 }
 
@@ -258,9 +267,11 @@ impl Kernel for Expand<'_, '_> {
             let span = &self.call.adapt.sites[job.span];
             let bias = self.call.adapt.bias.map(|bias| &bias[span.outputs.clone()]);
             match self.call.adapter(job) {
-                Some((adapter, site)) => match &adapter.factors {
-                    Factors::F16(factors) => self.piece(simd, piece, Columns::new(site, factors, bias)),
-                    Factors::F32(factors) => self.piece(simd, piece, Columns::new(site, factors, bias)),
+                Some((adapter, site)) => match adapter.precision {
+                    Precision::Quantised => {
+                        self.piece::<_, f16>(simd, piece, Columns::new(site, adapter.b(site), bias))
+                    }
+                    Precision::F32 => self.piece::<_, f32>(simd, piece, Columns::new(site, adapter.b(site), bias)),
                 },
                 None => self.add_bias(piece, bias.expect("a job without an adapter adds the bias")),
             }

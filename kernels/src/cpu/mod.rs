@@ -13,6 +13,7 @@ pub mod linear;
 pub mod lora;
 pub mod norm;
 pub mod pack;
+pub mod pages;
 pub mod pool;
 pub mod rope;
 pub mod sample;
@@ -22,7 +23,7 @@ pub mod vector_math;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use openlora_types::{AdapterWeights, Token};
+use openlora_types::{AdapterSizes, AdapterWeights, Token};
 
 use crate::{
     AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Precision, SampleRow, SampledRow,
@@ -31,10 +32,10 @@ use crate::{
 use attention::{Attend, AttentionScratch};
 use embed::CpuEmbedding;
 pub use isa::Isa;
-use kv::CpuKv;
 use linear::CpuLinear;
 use linear::activations::Activations;
 use lora::{Adapt, CpuAdapter, LoraScratch};
+use pages::{CpuPageSet, CpuPages};
 pub use pool::Pool;
 use sample::SampleScratch;
 pub use tensor::CpuTensor;
@@ -98,12 +99,18 @@ impl Scratch {
     }
 }
 
+/// Whether the pages of all adapters of an operation are still theirs.
+fn check_adapters(lora: &LoraRows<'_, CpuAdapter>) -> Result<(), KernelError> {
+    lora.segments.iter().filter_map(|segment| segment.adapter).try_for_each(CpuAdapter::check)
+}
+
 impl Backend for Cpu {
     type Linear = CpuLinear;
     type Embedding = CpuEmbedding;
     type Vector = Vec<f32>;
     type Adapter = CpuAdapter;
-    type Kv = CpuKv;
+    type Pages = CpuPages;
+    type PageSet = CpuPageSet;
     type Tensor = CpuTensor;
 
     fn describe(&self) -> String {
@@ -142,8 +149,9 @@ impl Backend for Cpu {
         weights: &AdapterWeights,
         output_scales: &[Option<Vec<f32>>],
         layers: usize,
+        pages: CpuPageSet,
     ) -> Result<CpuAdapter, KernelError> {
-        let adapter = CpuAdapter::load(weights, output_scales, layers, self.precision)?;
+        let adapter = CpuAdapter::load(weights, output_scales, layers, self.precision, pages)?;
         let mut scratch = self.scratch();
         let rows = scratch.rows_max;
         scratch.lora.reserve(rows, weights.rank_max() * FUSED_SITES_MAX);
@@ -154,12 +162,20 @@ impl Backend for Cpu {
         adapter.byte_len()
     }
 
-    fn new_kv(&self, spec: &AttentionSpec, layers: usize, blocks: usize) -> Result<CpuKv, KernelError> {
-        CpuKv::new(spec, layers, blocks, self.precision)
+    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> Result<usize, KernelError> {
+        CpuAdapter::pages(sizes, page_bytes, self.precision)
     }
 
-    fn kv_block_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize {
-        kv::block_bytes(spec, layers, self.precision)
+    fn new_pages(&self, spec: &AttentionSpec, layers: usize, pages: usize) -> Result<CpuPages, KernelError> {
+        CpuPages::new(spec, layers, pages, self.precision)
+    }
+
+    fn page_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize {
+        kv::page_bytes(spec, layers, self.precision)
+    }
+
+    fn take_pages(&self, pool: &mut CpuPages, pages: &[u32]) -> Result<CpuPageSet, KernelError> {
+        pool.take(pages)
     }
 
     fn new_tensor(&self, rows_max: usize, width: usize) -> Result<CpuTensor, KernelError> {
@@ -178,6 +194,7 @@ impl Backend for Cpu {
         lora: &LoraRows<'_, CpuAdapter>,
         out: &mut CpuTensor,
     ) -> Result<(), KernelError> {
+        check_adapters(lora)?;
         embed::embed(&self.pool, self.isa, table, tokens, *lora, out, &mut self.scratch().lora);
         self.pool.check()
     }
@@ -201,6 +218,7 @@ impl Backend for Cpu {
         x: &CpuTensor,
         out: &mut CpuTensor,
     ) -> Result<(), KernelError> {
+        check_adapters(lora)?;
         let scratch = &mut *self.scratch();
         linear::multiply(&self.pool, self.isa, linear, x, out, &mut scratch.activations)?;
         // DoRA scales W x + s B A x before the bias is added, so with it among the adapters the bias comes last.
@@ -222,9 +240,10 @@ impl Backend for Cpu {
         step: &StepRows<'_>,
         layer: LayerAttention<'_, Self>,
         qkv: &mut CpuTensor,
-        kv: &mut CpuKv,
+        pages: &mut CpuPages,
     ) -> Result<(), KernelError> {
-        rope::rope_and_store(&self.pool, self.isa, spec, step, layer, qkv, kv);
+        pages.check(step.block_tables)?;
+        rope::rope_and_store(&self.pool, self.isa, spec, step, layer, qkv, pages);
         self.pool.check()
     }
 
@@ -234,11 +253,12 @@ impl Backend for Cpu {
         step: &StepRows<'_>,
         layer: LayerAttention<'_, Self>,
         qkv: &CpuTensor,
-        kv: &CpuKv,
+        pages: &CpuPages,
         out: &mut CpuTensor,
     ) -> Result<(), KernelError> {
+        pages.check(step.block_tables)?;
         let attend = Attend { spec, step, layer };
-        attention::attention(&self.pool, self.isa, attend, qkv, kv, out, &mut self.scratch().attention);
+        attention::attention(&self.pool, self.isa, attend, qkv, pages, out, &mut self.scratch().attention);
         self.pool.check()
     }
 

@@ -338,6 +338,15 @@ impl<'a, T> Disjoint<'a, T> {
         Self { start: data.as_mut_ptr(), len: data.len(), borrow: PhantomData }
     }
 
+    /// The `len` elements from `start` on.
+    ///
+    /// # Safety
+    /// They must be initialised and, for `'a`, reached only through values of this type, where parts that overlap must not
+    /// live at the same time, whichever value they came from.
+    pub(super) unsafe fn from_raw(start: *mut T, len: usize) -> Self {
+        Self { start, len, borrow: PhantomData }
+    }
+
     /// Elements.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -2,17 +2,21 @@
 
 use std::ops::Range;
 
-use super::kv::{CpuKv, KvLayout, KvNumbers, KvStore};
+use half::f16;
+
+use super::kv::KvLayout;
 use super::norm::rms_factor;
+use super::pages::{CpuPages, KvWriter};
 use super::pool::Disjoint;
 use super::vector_math::{Element, LANES, RowKernel, Simd, dispatch_rows, load_part, store_part};
 use super::{Cpu, CpuTensor, Isa, Pool};
-use crate::{AttentionSpec, LayerAttention, SequenceRows, StepRows};
+use crate::{AttentionSpec, LayerAttention, Precision, SequenceRows, StepRows};
 
 /// [`crate::Backend::rope_and_store`].
 ///
 /// # Panics
-/// When the step does not fit `spec`: widths, positions past the rotary table, a block table that is too short.
+/// When the step does not fit `spec`: widths, positions past the rotary table, a block table that is too short or names a page
+/// that is not KV ([`CpuPages::check`]).
 pub fn rope_and_store(
     pool: &Pool,
     isa: Isa,
@@ -20,14 +24,14 @@ pub fn rope_and_store(
     step: &StepRows<'_>,
     layer: LayerAttention<'_, Cpu>,
     qkv: &mut CpuTensor,
-    kv: &mut CpuKv,
+    pages: &mut CpuPages,
 ) {
     assert_eq!(qkv.width(), (spec.heads + 2 * spec.kv_heads) * spec.head_dim, "q, k and v beside each other");
     assert_eq!(step.positions.len(), qkv.rows(), "one position for each row");
     assert!(layer.rope.rotary_dim <= spec.head_dim, "rotated elements of a head");
-    match &mut kv.store {
-        KvStore::F16(numbers) => run(pool, isa, (spec, step, layer), qkv, (kv.layout, numbers)),
-        KvStore::F32(numbers) => run(pool, isa, (spec, step, layer), qkv, (kv.layout, numbers)),
+    match pages.precision {
+        Precision::Quantised => run::<f16>(pool, isa, (spec, step, layer), qkv, pages),
+        Precision::F32 => run::<f32>(pool, isa, (spec, step, layer), qkv, pages),
     }
 }
 
@@ -36,17 +40,16 @@ fn run<T: Element>(
     isa: Isa,
     (spec, step, layer): (&AttentionSpec, &StepRows<'_>, LayerAttention<'_, Cpu>),
     qkv: &mut CpuTensor,
-    (layout, numbers): (KvLayout, &mut KvNumbers<T>),
+    pages: &mut CpuPages,
 ) {
     let rows = qkv.rows();
     let kernel = RopeAndStore {
         spec,
         step,
         layer,
-        layout,
+        layout: pages.layout,
         qkv: Disjoint::new(qkv.values_mut()),
-        keys: Disjoint::new(&mut numbers.keys),
-        values: Disjoint::new(&mut numbers.values),
+        pages: pages.writer::<T>(),
     };
     dispatch_rows(pool, isa, rows, &kernel);
 }
@@ -57,8 +60,7 @@ struct RopeAndStore<'a, T> {
     layer: LayerAttention<'a, Cpu>,
     layout: KvLayout,
     qkv: Disjoint<'a, f32>,
-    keys: Disjoint<'a, T>,
-    values: Disjoint<'a, T>,
+    pages: KvWriter<'a, T>,
 }
 
 impl<T: Element> RowKernel for RopeAndStore<'_, T> {
@@ -99,32 +101,40 @@ impl<T: Element> RopeAndStore<'_, T> {
             rotate(simd, x, y, cos, sin);
         }
         let block = self.step.block_tables[sequence.table..][..sequence.blocks][position / self.layout.block_size];
+        let page = self.pages.page(block);
         let (_, kv) = qkv.split_at(heads * head_dim);
         let (keys, values) = kv.split_at(kv_heads * head_dim);
         for (kv_head, (key, value)) in keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim)).enumerate() {
-            let panel = self.layout.first_panel(self.layer.layer, block, kv_head);
-            self.store(simd, panel, position % self.layout.block_size, key, value);
+            self.store(simd, &page, (kv_head, position % self.layout.block_size), key, value);
         }
     }
 
-    /// Writes one token's key and value of one head; `offset` is the token's place in the block starting at `panel`.
+    /// Writes one token's key and value of one head; `offset` is the token's place in the block.
     #[inline(always)]
-    fn store<S: Simd>(&self, simd: S, panel: usize, offset: usize, key: &[f32], value: &[f32]) {
-        let (panel, lane) = (panel + offset / LANES, offset % LANES);
-        let start = panel * self.layout.key_panel() + lane;
+    fn store<S: Simd>(
+        &self,
+        simd: S,
+        page: &Disjoint<'_, T>,
+        (kv_head, offset): (usize, usize),
+        key: &[f32],
+        value: &[f32],
+    ) {
+        let (panel, lane) = (offset / LANES, offset % LANES);
+        let start = self.layout.keys(self.layer.layer, kv_head) + panel * self.layout.key_panel() + lane;
         let mut halves = [T::default(); LANES];
         for (i, chunk) in key.chunks(LANES).enumerate() {
             T::store(simd, load_part(simd, chunk), &mut halves);
             for (j, number) in halves[..chunk.len()].iter().enumerate() {
                 let place = start + (i * LANES + j) * LANES;
                 // SAFETY: one element of this token's own lane; no two rows of a step write the same token.
-                unsafe { self.keys.slice(place..place + 1)[0] = *number };
+                unsafe { page.slice(place..place + 1)[0] = *number };
             }
         }
         let row = self.layout.value_row();
-        let start = panel * self.layout.value_panel() + lane * row;
+        let values = self.layout.values(self.layer.layer, kv_head);
+        let start = values + panel * self.layout.value_panel() + lane * row;
         // SAFETY: this token's own row; no two rows of a step write the same token.
-        let to = unsafe { self.values.slice(start..start + row) };
+        let to = unsafe { page.slice(start..start + row) };
         for (to, chunk) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(value.chunks(LANES)) {
             T::store(simd, load_part(simd, chunk), to);
         }

@@ -11,7 +11,7 @@ use crate::KernelError;
 /// Buffers from this size on are mapped on their own, start on a huge page and ask for huge pages: weights are read once a
 /// step from end to end, and with 4 KiB pages the translation misses cost several percent of the bandwidth. Their pages
 /// are first touched by whoever writes them.
-const HUGE: usize = 2 << 20;
+pub(super) const HUGE: usize = 2 << 20;
 
 /// A cache line, which is also the widest vector.
 #[derive(Clone, Copy, Pod, Zeroable)]

@@ -1,7 +1,8 @@
 //! Rotary embedding, the KV cache and attention together, as a step runs them.
 
 use openlora_kernels::cpu::attention::{Attend, AttentionScratch, attention};
-use openlora_kernels::cpu::kv::{CpuKv, block_bytes};
+use openlora_kernels::cpu::kv::page_bytes;
+use openlora_kernels::cpu::pages::CpuPages;
 use openlora_kernels::cpu::rope::rope_and_store;
 use openlora_kernels::cpu::{Cpu, CpuTensor, Isa, Pool};
 use openlora_kernels::{AttentionSpec, LayerAttention, Precision, RopeTable, SequenceRows, StepRows, reference};
@@ -76,7 +77,7 @@ struct Run<'a> {
     world: &'a World,
     isa: Isa,
     pool: &'a Pool,
-    kv: CpuKv,
+    kv: CpuPages,
     tables: Vec<Vec<u32>>,
     done: Vec<usize>,
     scratch: AttentionScratch,
@@ -93,7 +94,7 @@ impl<'a> Run<'a> {
         numbers.shuffle(&mut rng(shuffle));
         let mut numbers = numbers.into_iter();
         let tables = (0..world.sequences.len()).map(|i| numbers.by_ref().take(blocks(i)).collect()).collect();
-        let mut kv = CpuKv::new(&world.spec, 2, total + 3, world.precision).expect("memory");
+        let mut kv = CpuPages::new(&world.spec, 2, total + 3, world.precision).expect("memory");
         kv.fill(f32::NAN);
         let done = vec![0; world.sequences.len()];
         let outputs = vec![Vec::new(); world.sequences.len()];
@@ -302,11 +303,11 @@ fn what_a_row_may_not_see_is_not_touched() {
 }
 
 #[test]
-fn block_bytes_are_what_the_layout_says() {
+fn page_bytes_are_what_the_layout_says() {
     let spec = World::new((9, 3, 64, 16), &[1], None, Precision::F32).spec;
     let numbers = 30 * 3 * 16 * 64 * 2;
-    assert_eq!(block_bytes(&spec, 30, Precision::Quantised), numbers * 2);
-    assert_eq!(block_bytes(&spec, 30, Precision::F32), numbers * 4);
+    assert_eq!(page_bytes(&spec, 30, Precision::Quantised), numbers * 2);
+    assert_eq!(page_bytes(&spec, 30, Precision::F32), numbers * 4);
 }
 
 #[test]

@@ -2,9 +2,13 @@
 
 use half::{bf16, f16};
 use openlora_kernels::cpu::embed::{CpuEmbedding, embed};
+use openlora_kernels::cpu::kv::page_bytes;
 use openlora_kernels::cpu::lora::{Adapt, CpuAdapter, LoraScratch, apply, rescales};
+use openlora_kernels::cpu::pages::CpuPages;
 use openlora_kernels::cpu::{CpuTensor, Isa, Pool};
-use openlora_kernels::{BlockFormat, LoraRows, LoraSegment, Precision, SiteSpan, TensorSource, reference};
+use openlora_kernels::{
+    AttentionSpec, BlockFormat, LoraRows, LoraSegment, Precision, SiteSpan, TensorSource, reference,
+};
 use openlora_types::{AdapterWeights, Elements, Generation, Matrix, Module, Site, SiteWeights};
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -55,6 +59,14 @@ fn site(
     }
 }
 
+/// Sizes of KV whose pages, of one layer, hold `elements` numbers, a multiple of 512.
+fn page_of(elements: usize) -> AttentionSpec {
+    let head_dim = 16 * (elements / 512);
+    let spec = AttentionSpec { heads: 1, kv_heads: 1, head_dim, block_size: 16, scale: 1.0, norm_eps: 0.0 };
+    assert_eq!(page_bytes(&spec, 1, Precision::F32), elements * 4);
+    spec
+}
+
 /// Weights and DoRA's output scales of one adapter.
 struct Adapter {
     weights: AdapterWeights,
@@ -70,8 +82,20 @@ impl Adapter {
         Self { weights: AdapterWeights { generation: Generation([7; 32]), sites }, output_scales }
     }
 
+    /// In pages that hold any of the tests' adapters whole.
     fn load(&self, precision: Precision) -> CpuAdapter {
-        CpuAdapter::load(&self.weights, &self.output_scales, LAYERS, precision).expect("a good adapter")
+        self.load_into(&page_of(64 * 512), precision)
+    }
+
+    /// In as many pages for KV of `spec` in one layer as it needs, handed out backwards and full of NaN.
+    fn load_into(&self, spec: &AttentionSpec, precision: Precision) -> CpuAdapter {
+        let pages =
+            CpuAdapter::pages(&self.weights.sizes(), page_bytes(spec, 1, precision), precision).expect("rows fit");
+        let mut pool = CpuPages::new(spec, 1, pages, precision).expect("memory");
+        pool.fill(f32::NAN);
+        let pages: Vec<u32> = (0..pages as u32).rev().collect();
+        let pages = pool.take(&pages).expect("free");
+        CpuAdapter::load(&self.weights, &self.output_scales, LAYERS, precision, pages).expect("a good adapter")
     }
 
     fn site(&self, site: Site) -> Option<(&SiteWeights, Option<&[f32]>)> {
@@ -216,6 +240,36 @@ fn mixed_ranks_match_the_definition() {
 }
 
 #[test]
+fn factors_cut_into_pages_keep_every_bit() {
+    // Pages of one row of 576 elements, of a few, and of several whole factors.
+    let pages = [2, 5, 16].map(|panels| page_of(panels * 512));
+    let rows = [1, 2, 9, 33, 1, 3, 2, 1, 1];
+    for (inputs, outputs) in [(576, [576, 192, 192]), (41, [97, 33, 200]), (17, [1, 16, 15])] {
+        for extras in [Extras::default(), Extras { b_bias: true, dora: true }] {
+            let mut world = mixed(inputs, outputs, rows, Format::F16, extras);
+            world.bias = extras.dora.then(|| random(&mut rng(13), world.outputs(), 2.0));
+            let (expected, total) = (world.expected(), rows.iter().sum());
+            for precision in [Precision::Quantised, Precision::F32] {
+                let whole = world.load(precision);
+                let cut = pages.each_ref().map(|spec| {
+                    let load = |adapter: &Adapter| adapter.load_into(spec, precision);
+                    world.adapters.iter().map(load).collect::<Vec<_>>()
+                });
+                for (isa, pool) in machines() {
+                    let whole = world.run(&pool, isa, &whole, 0..total);
+                    assert_close(&whole, &expected, 1e-5, isa.name());
+                    for cut in &cut {
+                        assert_eq!(bits(&world.run(&pool, isa, cut, 0..total)), bits(&whole), "{}", isa.name());
+                        let alone = world.run(&pool, isa, cut, 5..6);
+                        assert_eq!(bits(&alone), bits(&whole[5 * world.outputs()..6 * world.outputs()]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn factors_of_other_formats_are_rounded_once() {
     for format in [Format::F32, Format::Bf16] {
         let world = mixed(100, [64, 48, 80], [2, 1, 3, 1, 1, 1, 1, 1, 1], format, Extras::default());
@@ -305,7 +359,8 @@ fn adapters_of_the_embedding_table_match_the_definition() {
         }
     }
     for precision in [Precision::Quantised, Precision::F32] {
-        let loaded: Vec<_> = adapters.iter().map(|adapter| adapter.load(precision)).collect();
+        // The last adapter's factors, of 64 rows each, lie in several pages.
+        let loaded: Vec<_> = adapters.iter().map(|adapter| adapter.load_into(&page_of(1_024), precision)).collect();
         let mut row = 0;
         let segments = segments.map(|(rows, adapter)| {
             row += rows;

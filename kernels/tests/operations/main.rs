@@ -4,6 +4,7 @@
 
 mod attention;
 mod lora;
+mod pages;
 mod rows;
 mod sample;
 

@@ -11,7 +11,7 @@ use openlora_types::{AdapterWeights, Alias, Limits, Module, Site, Token};
 use serde::Deserialize;
 
 pub(crate) type Adapter = <Cpu as Backend>::Adapter;
-type Kv = <Cpu as Backend>::Kv;
+type Kv = <Cpu as Backend>::Pages;
 
 const BLOCK: usize = 16;
 const MAX_ROWS: usize = 640;
@@ -130,14 +130,20 @@ impl Host {
             Model::load(backend, Arc::clone(&files), &options, &mut |done, total| last = (done, total)).expect("loads");
         assert_eq!(last.0, last.1, "progress ends at the total");
         let act = model.new_activations().expect("memory");
-        let kv = model.backend().new_kv(model.attention_spec(), model.layers(), KV_BLOCKS).expect("memory");
+        let kv = model.backend().new_pages(model.attention_spec(), model.layers(), KV_BLOCKS).expect("memory");
         Self { model, files, act, kv }
     }
 
     /// The PEFT adapter in a fixture folder, loaded.
     pub(crate) fn adapter(&self, folder: &str) -> Adapter {
         let weights = read_adapter(&fixture(folder), &self.files);
-        self.model.load_adapter(&weights).unwrap_or_else(|error| panic!("{folder}: {error}"))
+        let needed = self.model.adapter_pages(&weights.sizes()).unwrap_or_else(|error| panic!("{folder}: {error}"));
+        let (backend, spec) = (self.model.backend(), self.model.attention_spec());
+        let mut pool = backend.new_pages(spec, self.model.layers(), needed).expect("memory");
+        pool.fill(f32::NAN);
+        let pages: Vec<u32> = (0..needed as u32).collect();
+        let pages = backend.take_pages(&mut pool, &pages).expect("free pages");
+        self.model.load_adapter(&weights, pages).unwrap_or_else(|error| panic!("{folder}: {error}"))
     }
 
     /// Computes one step and returns the logits of all its rows, `[rows, vocab]` per sequence.

@@ -1,14 +1,16 @@
 //! One adapter in memory.
 
 use half::f16;
-use openlora_types::{AdapterWeights, Elements, Matrix, Module, Site, SiteWeights};
+use openlora_types::{AdapterSizes, AdapterWeights, Elements, Matrix, Module, Site, SiteWeights};
 
-use super::super::tensor::Aligned;
-use super::super::vector_math::{Element, LANES};
+use super::super::pages::CpuPageSet;
+use super::super::vector_math::Element;
+use super::Rows;
+use super::placement::{FactorPlace, Placement};
 use crate::{KernelError, Precision};
 
 /// One adapter generation, resident: per site the rows of A, `[rank][inputs]`, then the rows of B transposed,
-/// `[rank][outputs]`, so that what belongs to one rank is contiguous and ranks can be cut into pages.
+/// `[rank][outputs]`, so that what belongs to one rank is contiguous, in pages of the pool ([`super::placement`]).
 ///
 /// With [`Precision::Quantised`] the factors are f16. Each is multiplied by a power of two that brings its largest number near
 /// the top of f16's range, which the site's scale takes back: f16 files stay exact, and of bf16 and f32 files small
@@ -17,14 +19,10 @@ use crate::{KernelError, Precision};
 pub struct CpuAdapter {
     /// By [`Site::index`].
     sites: Vec<Option<SiteFactors>>,
-    pub(in super::super) factors: Factors,
-}
-
-/// The factors of all sites, in order of the sites.
-#[derive(Debug)]
-pub(in super::super) enum Factors {
-    F16(Aligned<f16>),
-    F32(Aligned<f32>),
+    pages: CpuPageSet,
+    /// Bytes of the factors.
+    factor_bytes: usize,
+    pub(in super::super) precision: Precision,
 }
 
 /// One site's sizes, and where its factors are.
@@ -35,10 +33,10 @@ pub(in super::super) struct SiteFactors {
     pub(in super::super) outputs: usize,
     /// alpha / r (or / sqrt r), and the inverse of the powers of two in the factors.
     pub(in super::super) scale: f32,
-    /// First element of A's rows.
-    pub(in super::super) a: usize,
-    /// First element of B's transposed rows.
-    pub(in super::super) b: usize,
+    /// A's rows.
+    a: FactorPlace,
+    /// B's transposed rows.
+    b: FactorPlace,
     /// `[outputs]`: alpha / r times B's bias.
     pub(in super::super) b_bias: Option<Vec<f32>>,
     /// `[outputs]`: DoRA's `m / ||W + scale B A||`.
@@ -46,11 +44,20 @@ pub(in super::super) struct SiteFactors {
 }
 
 impl CpuAdapter {
-    /// Makes `weights` resident; see [`crate::Backend::load_adapter`].
+    /// How many pages of `page_bytes` [`Self::load`] needs.
+    ///
+    /// # Errors
+    /// [`KernelError::AdapterRow`] when a page does not hold one rank's row of a factor.
+    pub fn pages(sizes: &AdapterSizes, page_bytes: usize, precision: Precision) -> Result<usize, KernelError> {
+        Ok(Placement::new(sizes, page_bytes, precision.element_bytes())?.pages)
+    }
+
+    /// Writes `weights` into `pages`; see [`crate::Backend::load_adapter`].
     ///
     /// # Errors
     /// [`KernelError::AdapterShape`] for factors that do not fit each other or a layer that does not exist,
-    /// [`KernelError::AdapterRange`] for numbers that f16 cannot hold, [`KernelError::OutOfMemory`].
+    /// [`KernelError::AdapterRange`] for numbers that f16 cannot hold, [`KernelError::AdapterRow`] for a row that a page does
+    /// not hold, [`KernelError::AdapterPages`] when the pages are too few.
     ///
     /// # Panics
     /// When there is not one entry of `output_scales` for each site.
@@ -59,32 +66,29 @@ impl CpuAdapter {
         output_scales: &[Option<Vec<f32>>],
         layers: usize,
         precision: Precision,
+        mut pages: CpuPageSet,
     ) -> Result<Self, KernelError> {
         assert_eq!(output_scales.len(), weights.sites.len(), "one entry for each site");
         for (site, output_scale) in weights.sites.iter().zip(output_scales) {
             check(site, output_scale.as_deref(), layers)?;
         }
-        let len = weights.sites.iter().map(|site| padded(site.a.elements.len()) + padded(site.b.elements.len())).sum();
-        let (plans, factors) = match precision {
-            Precision::Quantised => {
-                let mut factors = Aligned::<f16>::zeroed(len, "an adapter")?;
-                let plans = weights.sites.iter().map(site_shifts).collect::<Result<Vec<_>, _>>()?;
-                place(weights, &plans, &mut factors, f16::from_f32);
-                (plans, Factors::F16(factors))
-            }
-            Precision::F32 => {
-                let mut factors = Aligned::<f32>::zeroed(len, "an adapter")?;
-                let plans = vec![Shifts { a: 1.0, b: 1.0 }; weights.sites.len()];
-                place(weights, &plans, &mut factors, |value| value);
-                (plans, Factors::F32(factors))
-            }
+        let placement = Placement::new(&weights.sizes(), pages.page_bytes(), precision.element_bytes())?;
+        if pages.len() < placement.pages {
+            return Err(KernelError::AdapterPages { needed: placement.pages, given: pages.len() });
+        }
+        let shifts = match precision {
+            Precision::Quantised => weights.sites.iter().map(site_shifts).collect::<Result<Vec<_>, _>>()?,
+            Precision::F32 => vec![Shifts { a: 1.0, b: 1.0 }; weights.sites.len()],
         };
+        match precision {
+            Precision::Quantised => write(weights, &shifts, &placement, &mut pages, f16::from_f32),
+            Precision::F32 => write(weights, &shifts, &placement, &mut pages, |value| value),
+        }
         let mut sites = Vec::new();
         sites.resize_with(Site::count(layers), || None);
-        let mut offset = 0;
-        for ((site, output_scale), shifts) in weights.sites.iter().zip(output_scales).zip(plans) {
-            let (a, b) = (offset, offset + padded(site.a.elements.len()));
-            offset = b + padded(site.b.elements.len());
+        for (((site, output_scale), shifts), [a, b]) in
+            weights.sites.iter().zip(output_scales).zip(shifts).zip(placement.sites)
+        {
             let b_bias = site.b_bias.as_ref().map(|bias| bias.iter().map(|bias| bias * site.scale).collect());
             sites[site.site.index(layers)] = Some(SiteFactors {
                 rank: site.rank(),
@@ -97,7 +101,28 @@ impl CpuAdapter {
                 output_scale: output_scale.clone(),
             });
         }
-        Ok(Self { sites, factors })
+        Ok(Self { sites, pages, factor_bytes: placement.bytes, precision })
+    }
+
+    /// Whether its pages are still its own.
+    ///
+    /// # Errors
+    /// [`KernelError::Page`] when they are not.
+    #[inline]
+    pub fn check(&self) -> Result<(), KernelError> {
+        self.pages.check()
+    }
+
+    /// A's rows of one of this adapter's sites, `[rank][inputs]`; `T` as [`Self::precision`] says.
+    #[inline(always)]
+    pub(in super::super) fn a<'a, T: Element>(&'a self, site: &'a SiteFactors) -> Rows<'a, T> {
+        Rows::new(&self.pages, &site.a)
+    }
+
+    /// B's transposed rows of one of this adapter's sites, `[rank][outputs]`; `T` as [`Self::precision`] says.
+    #[inline(always)]
+    pub(in super::super) fn b<'a, T: Element>(&'a self, site: &'a SiteFactors) -> Rows<'a, T> {
+        Rows::new(&self.pages, &site.b)
     }
 
     /// The factors at a site index, if the adapter targets it.
@@ -113,23 +138,14 @@ impl CpuAdapter {
         self.sites[self.sites.len() - 2].as_ref()
     }
 
-    /// Bytes held.
+    /// Bytes held: the factors' in their pages, and the small vectors beside them.
     #[must_use]
     pub fn byte_len(&self) -> usize {
-        let factors = match &self.factors {
-            Factors::F16(factors) => factors.byte_len(),
-            Factors::F32(factors) => factors.byte_len(),
-        };
         let vector = |values: &Option<Vec<f32>>| values.as_ref().map_or(0, |values| values.len() * size_of::<f32>());
         let vectors: usize =
             self.sites.iter().flatten().map(|site| vector(&site.b_bias) + vector(&site.output_scale)).sum();
-        factors + vectors + self.sites.len() * size_of::<Option<SiteFactors>>()
+        self.factor_bytes + vectors + self.sites.len() * size_of::<Option<SiteFactors>>()
     }
-}
-
-/// Every factor starts on a cache line.
-fn padded(len: usize) -> usize {
-    len.next_multiple_of(2 * LANES)
 }
 
 /// What the factors of a site are multiplied by: powers of two.
@@ -177,19 +193,51 @@ fn shift(site: Site, elements: &Elements) -> Result<f32, KernelError> {
     Ok(2.0_f32.powi(exponent))
 }
 
-/// Copies the factors of all sites: A as it is, B transposed.
-fn place<T: Element>(weights: &AdapterWeights, shifts: &[Shifts], to: &mut [T], convert: impl Fn(f32) -> T) {
-    let mut rest = to;
-    for (site, shifts) in weights.sites.iter().zip(shifts) {
-        let (a, after) = rest.split_at_mut(padded(site.a.elements.len()));
-        let (b, after) = after.split_at_mut(padded(site.b.elements.len()));
-        rest = after;
-        for (to, value) in a.iter_mut().zip(site.a.elements.iter_f32()) {
-            *to = convert(value * shifts.a);
-        }
-        let (outputs, rank) = (site.b.rows, site.b.cols);
-        for (i, value) in site.b.elements.iter_f32().enumerate() {
-            b[i % rank * outputs + i / rank] = convert(value * shifts.b);
+/// Writes the factors of all sites to their places: A as it is, B transposed.
+fn write<T: Element>(
+    weights: &AdapterWeights,
+    shifts: &[Shifts],
+    placement: &Placement,
+    pages: &mut CpuPageSet,
+    convert: impl Fn(f32) -> T,
+) {
+    for ((site, shifts), [a, b]) in weights.sites.iter().zip(shifts).zip(&placement.sites) {
+        write_factor(pages, a, &site.a.elements, (site.a.cols, 1), |value| convert(value * shifts.a));
+        write_factor(pages, b, &site.b.elements, (1, site.b.cols), |value| convert(value * shifts.b));
+    }
+}
+
+/// Writes one factor. `strides`: how far a row is from the next in `elements`, and an element of a row from the next.
+fn write_factor<T: Element>(
+    pages: &mut CpuPageSet,
+    place: &FactorPlace,
+    elements: &Elements,
+    strides: (usize, usize),
+    convert: impl Fn(f32) -> T,
+) {
+    match elements {
+        Elements::F32(numbers) => write_numbers(pages, place, numbers, strides, convert),
+        Elements::F16(numbers) => write_numbers(pages, place, numbers, strides, convert),
+        Elements::Bf16(numbers) => write_numbers(pages, place, numbers, strides, convert),
+    }
+}
+
+fn write_numbers<T: Element, N: Copy + Into<f32>>(
+    pages: &mut CpuPageSet,
+    place: &FactorPlace,
+    numbers: &[N],
+    (row_stride, stride): (usize, usize),
+    convert: impl Fn(f32) -> T,
+) {
+    if place.len == 0 {
+        return;
+    }
+    for run in place.runs() {
+        let to = pages.write::<T>(run.page, run.offset, run.rows.len() * place.len);
+        for (row, to) in run.rows.zip(to.chunks_exact_mut(place.len)) {
+            for (to, number) in to.iter_mut().zip(numbers[row * row_stride..].iter().step_by(stride)) {
+                *to = convert((*number).into());
+            }
         }
     }
 }
@@ -198,7 +246,21 @@ fn place<T: Element>(weights: &AdapterWeights, shifts: &[Shifts], to: &mut [T], 
 mod tests {
     use openlora_types::Generation;
 
+    use super::super::super::pages::CpuPages;
     use super::*;
+    use crate::AttentionSpec;
+
+    /// Loads with pages of 128 KiB with f16 and 256 KiB with f32, full of NaN.
+    fn load(
+        weights: &AdapterWeights,
+        scales: &[Option<Vec<f32>>],
+        precision: Precision,
+    ) -> Result<CpuAdapter, KernelError> {
+        let spec = AttentionSpec { heads: 8, kv_heads: 8, head_dim: 64, block_size: 16, scale: 1.0, norm_eps: 0.0 };
+        let mut pool = CpuPages::new(&spec, 4, 2, precision).expect("memory");
+        pool.fill(f32::NAN);
+        CpuAdapter::load(weights, scales, 1, precision, pool.take(&[1, 0]).expect("free"))
+    }
 
     fn weights(a: Elements, b: Elements) -> AdapterWeights {
         let rank = 2;
@@ -221,13 +283,14 @@ mod tests {
         for a in [a, small] {
             let b = vec![f16::from_f32(3e-6); 6];
             let weights = weights(Elements::F16(a.clone()), Elements::F16(b.clone()));
-            let adapter = CpuAdapter::load(&weights, &[None], 1, Precision::Quantised).expect("fits");
+            let adapter = load(&weights, &[None], Precision::Quantised).expect("fits");
             let site = adapter.site(0).expect("site");
-            let Factors::F16(factors) = &adapter.factors else { panic!("f16") };
+            let (held_a, held_b) = (adapter.a::<f16>(site).run(0).1, adapter.b::<f16>(site).run(0).1);
+            assert_eq!((held_a.len(), held_b.len()), (a.len(), 6));
             let shifts = site_shifts(&weights.sites[0]).expect("in range");
             assert_eq!(site.scale * shifts.a * shifts.b, 0.75);
-            assert!(factors[site.a..].iter().zip(&a).all(|(held, a)| held.to_f32() / shifts.a == a.to_f32()));
-            assert!(factors[site.b..][..6].iter().zip(&b).all(|(held, b)| held.to_f32() / shifts.b == b.to_f32()));
+            assert!(held_a.iter().zip(&a).all(|(held, a)| held.to_f32() / shifts.a == a.to_f32()));
+            assert!(held_b.iter().zip(&b).all(|(held, b)| held.to_f32() / shifts.b == b.to_f32()));
         }
     }
 
@@ -235,10 +298,11 @@ mod tests {
     fn small_numbers_keep_eleven_bits() {
         let a: Vec<f32> = (0..200).map(|i| (i as f32 - 99.5) * 1.234_567e-9).collect();
         let weights = weights(Elements::F32(a.clone()), Elements::F32(vec![1.0; 6]));
-        let adapter = CpuAdapter::load(&weights, &[None], 1, Precision::Quantised).expect("fits");
-        let Factors::F16(factors) = &adapter.factors else { panic!("f16") };
+        let adapter = load(&weights, &[None], Precision::Quantised).expect("fits");
+        let (ranks, held) = adapter.a::<f16>(adapter.site(0).expect("site")).run(0);
+        assert_eq!((ranks, held.len()), (2, a.len()));
         let shift = site_shifts(&weights.sites[0]).expect("in range").a;
-        for (held, a) in factors.iter().zip(&a) {
+        for (held, a) in held.iter().zip(&a) {
             assert!((held.to_f32() / shift - a).abs() <= a.abs() / 2048.0, "{a} became {}", held.to_f32() / shift);
         }
     }
@@ -246,9 +310,25 @@ mod tests {
     #[test]
     fn numbers_beyond_half_precision_are_refused_by_name_and_held_in_f32() {
         let weights = weights(Elements::F32(vec![1.0, 70_000.0]), Elements::F32(vec![1.0; 2]));
-        let error = CpuAdapter::load(&weights, &[None], 1, Precision::Quantised).expect_err("out of range");
+        let error = load(&weights, &[None], Precision::Quantised).expect_err("out of range");
         assert!(error.to_string().contains("q_proj") && error.to_string().contains("70000"), "{error}");
-        CpuAdapter::load(&weights, &[None], 1, Precision::F32).expect("fits f32");
+        load(&weights, &[None], Precision::F32).expect("fits f32");
+    }
+
+    #[test]
+    fn an_adapter_is_refused_pages_that_are_too_few_or_too_small() {
+        let many = weights(Elements::F32(vec![1.0; 80_000]), Elements::F32(vec![1.0; 60_000]));
+        let pages = CpuAdapter::pages(&many.sizes(), 256 << 10, Precision::F32).expect("rows fit");
+        let error = load(&many, &[None], Precision::F32).expect_err("three pages").to_string();
+        assert_eq!((pages, error.as_str()), (3, "the adapter needs 3 pages of the pool and was given 2"));
+        let long = weights(Elements::F32(vec![1.0; 140_000]), Elements::F32(vec![1.0; 2]));
+        for error in [
+            load(&long, &[None], Precision::F32).expect_err("long rows"),
+            CpuAdapter::pages(&long.sizes(), 256 << 10, Precision::F32).expect_err("long rows"),
+        ] {
+            let text = error.to_string();
+            assert!(text.contains("q_proj") && text.contains("280000 bytes") && text.contains("262144"), "{text}");
+        }
     }
 
     #[test]
@@ -257,7 +337,7 @@ mod tests {
         let load = |change: &dyn Fn(&mut SiteWeights), scale: Option<Vec<f32>>| {
             let mut weights = good();
             change(&mut weights.sites[0]);
-            CpuAdapter::load(&weights, &[scale], 1, Precision::F32)
+            super::tests::load(&weights, &[scale], Precision::F32)
         };
         load(&|_| (), Some(vec![1.0; 3])).expect("fits");
         let changes: [&dyn Fn(&mut SiteWeights); 5] = [

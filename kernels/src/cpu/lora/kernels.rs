@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::super::vector_math::{Element, LANES, Simd, load_part, store_part};
-use super::SiteFactors;
+use super::{Rows, SiteFactors};
 
 /// `put(row, rank, a_rank . x_row)` for all rows of `x: [rows][width]` and `a: [ranks][width]`.
 ///
@@ -104,20 +104,20 @@ pub(in super::super) struct Columns<'a, T> {
     rank: usize,
     outputs: usize,
     /// `[rank][outputs]`
-    b: &'a [T],
+    b: Rows<'a, T>,
     b_bias: Option<&'a [f32]>,
     output_scale: Option<&'a [f32]>,
     bias: Option<&'a [f32]>,
 }
 
-impl<'a, T> Columns<'a, T> {
-    /// The site's, with the base linear's bias where it is still to be added.
+impl<'a, T: Element> Columns<'a, T> {
+    /// The site's with the rows of its B, and with the base linear's bias where it is still to be added.
     #[inline(always)]
-    pub(in super::super) fn new(site: &'a SiteFactors, factors: &'a [T], bias: Option<&'a [f32]>) -> Self {
+    pub(in super::super) fn new(site: &'a SiteFactors, b: Rows<'a, T>, bias: Option<&'a [f32]>) -> Self {
         Self {
             rank: site.rank,
             outputs: site.outputs,
-            b: &factors[site.b..][..site.rank * site.outputs],
+            b,
             b_bias: site.b_bias.as_deref(),
             output_scale: site.output_scale.as_deref(),
             bias,
@@ -199,20 +199,24 @@ fn products<S: Simd, T: Element, const R: usize, const C: usize>(
     column: usize,
 ) -> [[S::V; C]; R] {
     let mut sums = [[simd.splat(0.0); C]; R];
-    let rank = z[0].len();
-    let z = z.map(|z| &z[..rank]);
-    for k in 0..rank {
-        let b = site.b[k * site.outputs + column..][..C * LANES].as_chunks::<LANES>().0;
-        let mut values = [simd.splat(0.0); C];
-        for c in 0..C {
-            values[c] = T::load(simd, &b[c]);
-        }
-        for r in 0..R {
-            let z = simd.splat(z[r][k]);
+    let mut first = 0;
+    while first < site.rank {
+        let (count, rows) = site.b.run(first);
+        let z = z.map(|z| &z[first..first + count]);
+        for k in 0..count {
+            let b = rows[k * site.outputs + column..][..C * LANES].as_chunks::<LANES>().0;
+            let mut values = [simd.splat(0.0); C];
             for c in 0..C {
-                sums[r][c] = simd.mul_add(z, values[c], sums[r][c]);
+                values[c] = T::load(simd, &b[c]);
+            }
+            for r in 0..R {
+                let z = simd.splat(z[r][k]);
+                for c in 0..C {
+                    sums[r][c] = simd.mul_add(z, values[c], sums[r][c]);
+                }
             }
         }
+        first += count;
     }
     sums
 }
@@ -253,9 +257,14 @@ fn expand_rest<S: Simd, T: Element>(
 ) -> usize {
     for (row, z) in shrunk.chunks_exact(site.rank).enumerate() {
         let mut sum = simd.splat(0.0);
-        for (k, z) in z.iter().enumerate() {
-            let b = load_part(simd, &site.b[k * site.outputs + place.0..][..count]);
-            sum = simd.mul_add(simd.splat(*z), b, sum);
+        let mut first = 0;
+        while first < site.rank {
+            let (ranks, rows) = site.b.run(first);
+            for (k, z) in z[first..first + ranks].iter().enumerate() {
+                let b = load_part(simd, &rows[k * site.outputs + place.0..][..count]);
+                sum = simd.mul_add(simd.splat(*z), b, sum);
+            }
+            first += ranks;
         }
         finish(simd, &[sum], site, place.0, &mut out.row(row)[place.1..][..count]);
     }
