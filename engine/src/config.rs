@@ -1,8 +1,10 @@
+use openlora_scheduler::Rate;
+
 /// What the engine may use. Names are vLLM's where vLLM has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Bytes of the KV cache; the number of blocks follows from the model.
-    pub kv_cache_bytes: usize,
+    /// Bytes of the pool that KV blocks and adapters share; the number of pages follows from the model.
+    pub pool_bytes: usize,
     /// Sequences that run at once.
     pub max_num_seqs: usize,
     /// Rows of one step: decoding sequences take one each, prefill chunks the rest.
@@ -11,8 +13,12 @@ pub struct EngineConfig {
     pub long_prefill_chunk: usize,
     /// Distinct adapters among the running sequences.
     pub max_loras: usize,
-    /// Bytes of adapters on the device, waiting requests' included.
-    pub adapter_bytes: usize,
+    /// Bytes of the distinct adapters among the running sequences: what a step reads beside the base weights.
+    pub adapter_bytes_per_step: usize,
+    /// Adapters being loaded at once.
+    pub max_loading: usize,
+    /// What each tenant may use; `None` is no limit.
+    pub tenant_rate: Option<Rate>,
     /// Whether full blocks are kept for requests with the same beginning.
     pub prefix_cache: bool,
     /// A priority class that nothing was admitted from for this long gets the next turn.
@@ -21,6 +27,8 @@ pub struct EngineConfig {
     pub sequence_tokens_max: usize,
     /// Requests waiting; one more is refused.
     pub waiting_requests_max: usize,
+    /// Of those, requests of one tenant.
+    pub waiting_requests_per_tenant_max: usize,
     /// Events buffered for one reader, or as many as one step makes for it where those are more; one beyond ends the
     /// request.
     pub stream_events_max: usize,
@@ -30,16 +38,19 @@ impl Default for EngineConfig {
     fn default() -> Self {
         let limits = openlora_types::Limits::default();
         Self {
-            kv_cache_bytes: 1 << 30,
+            pool_bytes: 1 << 30,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
             long_prefill_chunk: 256,
             max_loras: 64,
-            adapter_bytes: 1 << 30,
+            adapter_bytes_per_step: 1 << 29,
+            max_loading: 4,
+            tenant_rate: None,
             prefix_cache: true,
             starvation_micros: 5_000_000,
             sequence_tokens_max: limits.sequence_tokens_max,
             waiting_requests_max: limits.waiting_requests_max,
+            waiting_requests_per_tenant_max: limits.waiting_requests_max,
             stream_events_max: limits.stream_events_max,
         }
     }

@@ -1,17 +1,19 @@
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use openlora_adapters::Lease;
 use openlora_kernels::Backend;
-use openlora_model::{LoadOptions, Model, ModelError};
+use openlora_model::{LoadOptions, Model};
 use openlora_scheduler::{Scheduler, SchedulerConfig};
-use openlora_types::{AdapterWeights, InvalidField, SamplingParams};
+use openlora_types::{Generation, InvalidField, SamplingParams};
 use tokio::sync::{mpsc, watch};
 
 use crate::handle::{EngineHandle, OutputStream, Submit};
 use crate::request::{Command, Control, Incoming, SAMPLES_MAX};
-use crate::residency::{Residency, Resident};
+use crate::loader::Loader;
 use crate::step::{self, StepThread};
 use crate::{EngineConfig, EngineError, EngineStats};
 
@@ -26,14 +28,18 @@ impl Engine {
     pub fn start<B: Backend>(model: Arc<Model<B>>, config: EngineConfig) -> Result<EngineHandle, EngineError> {
         let backend = model.backend();
         let spec = *model.attention_spec();
-        let blocks = config.kv_cache_bytes / backend.page_bytes(&spec, model.layers());
+        let page_bytes = backend.page_bytes(&spec, model.layers());
+        let pages = config.pool_bytes / page_bytes;
         let scheduler_config = SchedulerConfig {
             block_size: spec.block_size,
-            num_blocks: blocks,
+            num_pages: pages,
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,
             max_loras: config.max_loras,
+            adapter_pages_per_step: (config.adapter_bytes_per_step / page_bytes).clamp(1, pages.max(1)),
+            max_loading: config.max_loading,
             max_waiting: config.waiting_requests_max,
+            max_waiting_per_tenant: config.waiting_requests_per_tenant_max,
             prefix_cache: config.prefix_cache,
             long_prefill_chunk: config.long_prefill_chunk,
             starvation_micros: config.starvation_micros,
@@ -44,19 +50,19 @@ impl Engine {
             .and_then(|()| check_start(&config, model.options()))
             .map_err(|error| EngineError::Start(error.to_string()))?;
         let scheduler = Scheduler::new(scheduler_config);
-        let kv = backend.new_pages(&spec, model.layers(), blocks)?;
-        let stats = EngineStats { blocks_total: blocks, blocks_free: blocks, ..EngineStats::default() };
-        let board = Arc::new(Board { stats: Mutex::new(stats), stopping: AtomicBool::new(false) });
+        let pool = backend.new_pages(&spec, model.layers(), pages)?;
+        let stats = EngineStats { pages_total: pages, pages_free: pages, page_bytes, ..EngineStats::default() };
+        let board = Arc::new(Board { stats: Mutex::new(stats), ..Board::default() });
         let (commands, incoming) = mpsc::channel(config.waiting_requests_max);
         let (died, death) = watch::channel(None);
-        let state = StepThread::new(Arc::clone(&model), scheduler, kv, incoming, Arc::clone(&board))?;
+        let loader = Loader::start(&model, config.max_loading)?;
+        let state = StepThread::new(&model, scheduler, (pool, loader), incoming, Arc::clone(&board), config.tenant_rate)?;
         let thread = std::thread::Builder::new()
             .name("openlora-step".into())
             .spawn(move || step::run(state, &died))
             .map_err(|error| EngineError::Start(format!("step thread: {error}")))?;
         let common = Common {
             description: backend.describe(),
-            residency: Residency::new(config.adapter_bytes),
             draining: AtomicBool::new(false),
             thread: Mutex::new(Some(thread)),
             stream_events_max: config.stream_events_max,
@@ -64,7 +70,7 @@ impl Engine {
             sequence_tokens_max: config
                 .sequence_tokens_max
                 .min(model.options().max_position)
-                .min(blocks.saturating_mul(spec.block_size)),
+                .min(pages.saturating_mul(spec.block_size)),
             commands,
             board,
             model,
@@ -88,19 +94,12 @@ fn check_start(config: &EngineConfig, options: &LoadOptions) -> Result<(), Inval
     Ok(())
 }
 
-/// Brings an adapter to the device, in a pool of its own that goes with it.
-pub(crate) fn load_adapter<B: Backend>(model: &Model<B>, weights: &AdapterWeights) -> Result<B::Adapter, ModelError> {
-    let backend = model.backend();
-    let pages = model.adapter_pages(&weights.sizes())?;
-    let mut pool = backend.new_pages(model.attention_spec(), model.layers(), pages)?;
-    // Not more than u32 numbers: the pool exists.
-    let pages: Vec<u32> = (0..pages as u32).collect();
-    model.load_adapter(weights, backend.take_pages(&mut pool, &pages)?)
-}
-
 /// What a handle needs of the engine, whatever its backend: the one place where the backend's type is erased.
 pub(crate) trait Shared: Send + Sync {
     fn submit(&self, submit: Submit) -> Result<OutputStream, EngineError>;
+    fn pin(&self, lease: Lease) -> Result<(), EngineError>;
+    fn unpin(&self, generation: Generation) -> Result<(), EngineError>;
+    fn is_resident(&self, generation: &Generation) -> bool;
     fn stats(&self) -> EngineStats;
     fn describe(&self) -> &str;
     fn drain(&self);
@@ -108,16 +107,18 @@ pub(crate) trait Shared: Send + Sync {
 }
 
 /// What the step thread shows and is shown between steps.
+#[derive(Default)]
 pub(crate) struct Board {
     pub(crate) stats: Mutex<EngineStats>,
+    /// The adapters on the device.
+    pub(crate) resident: Mutex<HashSet<Generation>>,
     pub(crate) stopping: AtomicBool,
 }
 
 struct Common<B: Backend> {
     model: Arc<Model<B>>,
     description: String,
-    residency: Residency<B::Adapter>,
-    commands: mpsc::Sender<Command<B::Adapter>>,
+    commands: mpsc::Sender<Command>,
     board: Arc<Board>,
     draining: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -165,15 +166,20 @@ impl<B: Backend> Common<B> {
         self.stream_events_max.max(answer + scored)
     }
 
-    fn bring_adapter(&self, submit: &Submit) -> Result<Option<Arc<Resident<B::Adapter>>>, EngineError> {
-        let Some(lease) = &submit.lease else { return Ok(None) };
-        let load = || {
-            let adapter = load_adapter(&self.model, lease.weights());
-            let adapter = adapter.map_err(|error| EngineError::Adapter(error.to_string()))?;
-            let bytes = self.model.backend().adapter_bytes(&adapter);
-            Ok((adapter, bytes))
-        };
-        self.residency.get_or_load(lease.generation(), load).map(Some)
+    /// Pages that an adapter takes.
+    fn adapter_pages(&self, lease: &Lease) -> Result<usize, EngineError> {
+        self.model.adapter_pages(lease.sizes()).map_err(|error| EngineError::Adapter(error.to_string()))
+    }
+
+    /// A place in the step thread's queue.
+    fn place(&self) -> Result<mpsc::Permit<'_, Command>, EngineError> {
+        self.commands.try_reserve().map_err(|error| match error {
+            mpsc::error::TrySendError::Full(()) => {
+                let max = self.commands.max_capacity();
+                EngineError::QueueFull { waiting: max, max, retry_after: Duration::from_secs(1) }
+            }
+            mpsc::error::TrySendError::Closed(()) => EngineError::Dead("the step thread ended".into()),
+        })
     }
 }
 
@@ -183,34 +189,32 @@ impl<B: Backend> Shared for Common<B> {
             return Err(EngineError::Draining);
         }
         self.check(&submit)?;
-        // A place first: a request that the queue has no room for must not cost a load.
-        let place = self.commands.try_reserve().map_err(|error| match error {
-            mpsc::error::TrySendError::Full(()) => {
-                let max = self.commands.max_capacity();
-                EngineError::QueueFull { waiting: max, max, retry_after: Duration::from_secs(1) }
-            }
-            mpsc::error::TrySendError::Closed(()) => EngineError::Dead("the step thread ended".into()),
-        })?;
-        let adapter = self.bring_adapter(&submit)?;
-        if self.commands.is_closed() {
-            // Sent now, it would hold adapter and lease in a queue that nobody reads.
-            return Err(EngineError::Dead("the step thread ended".into()));
-        }
+        let pages = submit.lease.as_ref().map_or(Ok(0), |lease| self.adapter_pages(lease))?;
+        let place = self.place()?;
         let (sender, events) = mpsc::channel(self.stream_events(&submit.sampling));
         let control = Arc::new(Control::default());
-        let incoming = Incoming { submit, adapter, events: sender, control: Arc::clone(&control) };
+        let incoming = Incoming { submit, pages, events: sender, control: Arc::clone(&control) };
         place.send(Command::Submit(Box::new(incoming)));
         Ok(OutputStream { events, control, complete: false })
     }
 
+    fn pin(&self, lease: Lease) -> Result<(), EngineError> {
+        let pages = self.adapter_pages(&lease)?;
+        self.place()?.send(Command::Pin(Box::new(lease), pages));
+        Ok(())
+    }
+
+    fn unpin(&self, generation: Generation) -> Result<(), EngineError> {
+        self.place()?.send(Command::Unpin(generation));
+        Ok(())
+    }
+
+    fn is_resident(&self, generation: &Generation) -> bool {
+        self.board.resident.lock().unwrap_or_else(PoisonError::into_inner).contains(generation)
+    }
+
     fn stats(&self) -> EngineStats {
-        let mut stats = self.board.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let residency = self.residency.stats();
-        stats.adapters_resident = residency.adapters;
-        stats.adapter_bytes_resident = residency.bytes;
-        stats.adapter_loads_total = residency.loads;
-        stats.adapter_evictions_total = residency.evictions;
-        stats
+        self.board.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn describe(&self) -> &str {
@@ -226,8 +230,7 @@ impl<B: Backend> Shared for Common<B> {
         self.drain();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
-            // Wakes an idle thread. The queue may be full of places alone, kept for requests whose adapters are being loaded
-            // and that may yet fail to send anything.
+            // Wakes an idle thread.
             while !thread.is_finished() && self.commands.try_send(Command::Wake).is_err() {
                 std::thread::sleep(Duration::from_millis(1));
             }

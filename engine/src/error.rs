@@ -1,7 +1,10 @@
+use std::sync::Arc;
 use std::time::Duration;
 
+use openlora_adapters::AdapterError;
 use openlora_kernels::KernelError;
 use openlora_model::ModelError;
+use openlora_scheduler::SubmitError;
 use openlora_types::{Classify, Fault, InvalidField};
 
 /// Why the engine refused or ended a request. Cheap to clone: every sample of a request may be told.
@@ -24,18 +27,12 @@ pub enum EngineError {
     /// The adapter cannot be brought to the device.
     #[error("adapter: {0}")]
     Adapter(String),
-    /// Adapters in use leave no room for another.
-    #[error(
-        "{used} of {max} adapter bytes are in use by requests and this adapter needs {needed}; retry later or raise engine.adapter_bytes"
-    )]
-    AdapterMemory {
-        /// Bytes of the adapter.
-        needed: usize,
-        /// Bytes in use.
-        used: usize,
-        /// The limit.
-        max: usize,
-    },
+    /// The adapter's file cannot be read or is not what was registered.
+    #[error(transparent)]
+    AdapterFile(Arc<AdapterError>),
+    /// The tenant has as many requests waiting as one may have, or an adapter cannot be pinned: as the scheduler says.
+    #[error("{0}")]
+    Refused(SubmitError),
     /// The deadline passed before the answer was complete.
     #[error("the deadline passed")]
     DeadlineExceeded,
@@ -70,18 +67,18 @@ impl From<KernelError> for EngineError {
 
 impl Classify for EngineError {
     fn is_retryable(&self) -> bool {
-        matches!(
-            self,
-            Self::QueueFull { .. }
-                | Self::AdapterMemory { .. }
-                | Self::SlowReader { .. }
-                | Self::Draining
-                | Self::Dead(_)
-        )
+        match self {
+            Self::QueueFull { .. } | Self::SlowReader { .. } | Self::Draining | Self::Dead(_) => true,
+            Self::AdapterFile(error) => error.is_retryable(),
+            Self::Refused(error) => error.is_retryable(),
+            _ => false,
+        }
     }
     fn fault(&self) -> Fault {
         match self {
             Self::Invalid(_) | Self::Adapter(_) | Self::SlowReader { .. } | Self::DeadlineExceeded => Fault::Client,
+            Self::AdapterFile(error) => error.fault(),
+            Self::Refused(error) => error.fault(),
             _ => Fault::Server,
         }
     }

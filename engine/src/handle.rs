@@ -4,7 +4,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use openlora_adapters::Lease;
-use openlora_types::{FinishReason, Priority, SamplingParams, TenantId, Token, TokenOutput, Usage};
+use openlora_types::{FinishReason, Generation, Priority, SamplingParams, TenantId, Token, TokenOutput, Usage};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::Shared;
@@ -67,12 +67,12 @@ pub struct EngineHandle {
 }
 
 impl EngineHandle {
-    /// Puts a request into the queue. With an adapter this first brings the adapter to the device, on the calling
-    /// thread: call it from a thread that may block.
+    /// Puts a request into the queue. Does not block: an adapter that is not on the device is brought there while the
+    /// request waits and others run.
     ///
     /// # Errors
-    /// A full queue, a draining or dead engine, an adapter that does not fit. Reasons found later arrive as
-    /// [`Event::Failed`].
+    /// A full queue, a draining or dead engine, an adapter that no page can hold. Reasons found later, a file that cannot be
+    /// read among them, arrive as [`Event::Failed`].
     pub fn submit(&self, submit: Submit) -> Result<OutputStream, EngineError> {
         if let Some(reason) = self.death_reason() {
             return Err(EngineError::Dead(reason));
@@ -84,6 +84,28 @@ impl EngineHandle {
             Some(reason) => Err(EngineError::Dead(reason)),
             None => outcome,
         }
+    }
+
+    /// Asks for an adapter to be on the device and to stay there. Whether there was room shows in [`EngineStats`] and the log.
+    ///
+    /// # Errors
+    /// As for [`EngineHandle::submit`].
+    pub fn pin(&self, lease: Lease) -> Result<(), EngineError> {
+        self.shared.pin(lease)
+    }
+
+    /// Lets a pinned adapter go; it stays until its room is needed.
+    ///
+    /// # Errors
+    /// As for [`EngineHandle::submit`].
+    pub fn unpin(&self, generation: Generation) -> Result<(), EngineError> {
+        self.shared.unpin(generation)
+    }
+
+    /// Whether an adapter is on the device now.
+    #[must_use]
+    pub fn is_resident(&self, generation: &Generation) -> bool {
+        self.shared.is_resident(generation)
     }
 
     /// The counters as of the last step.

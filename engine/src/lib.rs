@@ -2,7 +2,7 @@
 //! the model over all scheduled rows and hands out tokens. It knows no money, wire format or network.
 //!
 //! Start reading at [`EngineHandle`] (how other threads reach it), then `step.rs` (one step is schedule → forward → sample →
-//! update, steps five to seven of a request) and `residency.rs` (adapters on the device).
+//! update, steps five to seven of a request) and `loader.rs` (adapters on their way to the device).
 //!
 //! **Invariant: one thread mutates.** Everything a step changes belongs to the step thread; other threads see it through
 //! the queue, each request's own channel and a copy of the statistics.
@@ -12,7 +12,7 @@ mod engine;
 mod error;
 mod handle;
 mod request;
-mod residency;
+mod loader;
 mod stats;
 mod step;
 

@@ -2,10 +2,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use openlora_adapters::Lease;
+use openlora_types::Generation;
 use tokio::sync::mpsc;
 
 use crate::handle::Submit;
-use crate::residency::Resident;
 use crate::{EngineError, Event};
 
 /// What a reader and the step thread share of one request. Flags instead of a queue of messages: a reader can always
@@ -31,17 +32,22 @@ impl Control {
 /// Samples a request can have, by the width of [`Control::stopped`].
 pub(crate) const SAMPLES_MAX: u32 = 64;
 
-/// A request on its way to the step thread, its adapter resident.
-pub(crate) struct Incoming<A> {
+/// A request on its way to the step thread.
+pub(crate) struct Incoming {
     pub(crate) submit: Submit,
-    pub(crate) adapter: Option<Arc<Resident<A>>>,
+    /// What its adapter takes, if it has one.
+    pub(crate) pages: usize,
     pub(crate) events: mpsc::Sender<Event>,
     pub(crate) control: Arc<Control>,
 }
 
 /// What the step thread is told between steps.
-pub(crate) enum Command<A> {
-    Submit(Box<Incoming<A>>),
+pub(crate) enum Command {
+    Submit(Box<Incoming>),
+    /// Load an adapter of so many pages and keep it on the device.
+    Pin(Box<Lease>, usize),
+    /// Let it go.
+    Unpin(Generation),
     /// Look around: the stop flag is up.
     Wake,
 }

@@ -13,28 +13,43 @@ use std::time::{Duration, Instant};
 use openlora_adapters::Lease;
 use openlora_kernels::{Backend, LoraRows, LoraSegment, SampleRow, SampledRow, SequenceRows, StepRows};
 use openlora_model::{Activations, Model, ModelError};
-use openlora_scheduler::{NewSequence, Scheduler, SequenceResult, StepPlan, SubmitError};
+use openlora_scheduler::{
+    AdapterNeed, NewSequence, Rate, ScheduledSequence, Scheduler, SequenceResult, StepPlan, SubmitError,
+};
 use openlora_types::{
-    FinishReason, InvalidField, SamplingParams, SequenceId, Time, Token, TokenLogprob, TokenOutput, Usage,
+    FinishReason, Generation, InvalidField, SamplingParams, SequenceId, Time, Token, TokenLogprob, TokenOutput, Usage,
 };
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::Board;
 use crate::handle::Event;
 use crate::request::{Command, Control, Incoming};
-use crate::residency::Resident;
+use crate::loader::{Loaded, Loader};
 use crate::{EngineError, EngineStats};
+
+/// How long the step thread waits when it can do nothing: what may come (a request, a cancellation, a load) is then looked for.
+const PAUSE: Duration = Duration::from_millis(1);
+/// What a page is taken to cost to load before any load was timed.
+const FIRST_PAGE_MICROS: u64 = 1_000;
 
 /// What only the step thread touches.
 pub(crate) struct StepThread<B: Backend> {
     model: Arc<Model<B>>,
     scheduler: Scheduler,
-    kv: B::Pages,
+    pool: B::Pages,
+    /// The adapters on the device, as the scheduler has it.
+    resident: HashMap<Generation, B::Adapter>,
+    loader: Loader<B>,
+    /// Loads under way.
+    loading: usize,
+    /// Leases of adapters to be loaded for no request.
+    pinned: HashMap<Generation, Lease>,
+    tenant_rate: Option<Rate>,
     activations: Activations<B>,
-    incoming: mpsc::Receiver<Command<B::Adapter>>,
+    incoming: mpsc::Receiver<Command>,
     board: Arc<Board>,
     started: Instant,
-    requests: HashMap<RequestKey, Request<B::Adapter>>,
+    requests: HashMap<RequestKey, Request>,
     sequences: HashMap<SequenceId, Sequence>,
     next_key: u64,
     plan: StepPlan,
@@ -45,13 +60,12 @@ pub(crate) struct StepThread<B: Backend> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct RequestKey(u64);
 
-struct Request<A> {
+struct Request {
     control: Arc<Control>,
     events: mpsc::Sender<Event>,
     params: SamplingParams,
-    adapter: Option<Arc<Resident<A>>>,
-    // Held for its `Drop`: the host copy counts as leased for as long as the request lives.
-    _lease: Option<Lease>,
+    /// Held for as long as the request lives: its adapter may have to be loaded again.
+    lease: Option<Lease>,
     prompt_tokens: usize,
     /// Prompt positions scored so far; recomputation after preemption does not score them again.
     scored: usize,
@@ -62,8 +76,8 @@ struct Request<A> {
     stops: Vec<Token>,
 }
 
-impl<A> Request<A> {
-    /// Lets go of adapter and lease; what is left to tell the reader goes to the result. In this order, so that who reads the
+impl Request {
+    /// Lets go of the lease; what is left to tell the reader goes to the result. In this order, so that who reads the
     /// last event finds everything free.
     fn release(self) -> (mpsc::Sender<Event>, Arc<Control>) {
         (self.events, self.control)
@@ -80,6 +94,8 @@ struct Sequence {
 #[derive(Default)]
 struct Totals {
     steps: u64,
+    load_micros: u64,
+    loaded_pages: u64,
     prompt_tokens: u64,
     generation_tokens: u64,
     step_micros: u64,
@@ -144,17 +160,23 @@ pub(crate) fn run<B: Backend>(mut state: StepThread<B>, died: &watch::Sender<Opt
 
 impl<B: Backend> StepThread<B> {
     pub(crate) fn new(
-        model: Arc<Model<B>>,
+        model: &Arc<Model<B>>,
         scheduler: Scheduler,
-        kv: B::Pages,
-        incoming: mpsc::Receiver<Command<B::Adapter>>,
+        (pool, loader): (B::Pages, Loader<B>),
+        incoming: mpsc::Receiver<Command>,
         board: Arc<Board>,
+        tenant_rate: Option<Rate>,
     ) -> Result<Self, EngineError> {
         Ok(Self {
             activations: model.new_activations()?,
-            model,
+            model: Arc::clone(model),
             scheduler,
-            kv,
+            pool,
+            resident: HashMap::new(),
+            loader,
+            loading: 0,
+            pinned: HashMap::new(),
+            tenant_rate,
             incoming,
             board,
             started: Instant::now(),
@@ -172,35 +194,116 @@ impl<B: Backend> StepThread<B> {
             if !self.receive() || self.board.stopping.load(Ordering::Acquire) {
                 return Ok(());
             }
+            while let Some(loaded) = self.loader.poll() {
+                self.settle(loaded);
+            }
             self.reap();
             let began = Instant::now();
             let worked = self.step()?;
             self.totals.step_micros += began.elapsed().as_micros() as u64;
             self.publish();
-            if !worked && !self.sequences.is_empty() {
-                // Nothing could be scheduled though sequences are there: all that is left waits for something that only
-                // time or another request changes (a deadline, say).
-                std::thread::sleep(Duration::from_millis(1));
+            if !worked && !self.has_nothing_to_do() {
+                // Nothing could be scheduled though there is something to do: it waits for a load, for time to pass (a
+                // deadline, a tenant's rate) or for another request.
+                if let Some(loaded) = self.loader.wait(PAUSE) {
+                    self.settle(loaded);
+                }
             }
         }
     }
 
+    fn has_nothing_to_do(&self) -> bool {
+        self.sequences.is_empty() && self.loading == 0 && self.scheduler.is_idle()
+    }
+
     /// Takes what has come; waits where there is nothing else to do. False when all handles are gone.
     fn receive(&mut self) -> bool {
-        if self.sequences.is_empty() {
+        if self.has_nothing_to_do() {
             match self.incoming.blocking_recv() {
-                Some(Command::Submit(incoming)) => self.admit(*incoming),
-                Some(Command::Wake) => {}
+                Some(command) => self.obey(command),
                 None => return false,
             }
         }
         while let Ok(command) = self.incoming.try_recv() {
-            match command {
-                Command::Submit(incoming) => self.admit(*incoming),
-                Command::Wake => {}
-            }
+            self.obey(command);
         }
         true
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(incoming) => self.admit(*incoming),
+            Command::Pin(lease, pages) => {
+                let generation = lease.generation();
+                match self.scheduler.pin(self.need(generation, pages)) {
+                    Ok(()) => drop(self.pinned.insert(generation, *lease)),
+                    Err(error) => tracing::warn!(%generation, %error, "an adapter is not pinned to the device"),
+                }
+            }
+            Command::Unpin(generation) => {
+                self.scheduler.unpin(generation);
+                // A load under way needs its lease no longer: it has its own.
+                self.pinned.remove(&generation);
+            }
+            Command::Wake => {}
+        }
+    }
+
+    /// What the scheduler is told of an adapter: its pages, and how long the loads so far took for as many.
+    fn need(&self, generation: Generation, pages: usize) -> AdapterNeed {
+        let page_micros = self.totals.load_micros.checked_div(self.totals.loaded_pages).unwrap_or(FIRST_PAGE_MICROS);
+        AdapterNeed { generation, pages, load_micros: page_micros.saturating_mul(pages as u64).max(1) }
+    }
+
+    /// Drops the adapters that the plan evicts and begins its loads.
+    fn move_adapters(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
+        if plan.evicted.is_empty() && plan.loads.is_empty() {
+            return Ok(());
+        }
+        for generation in &plan.evicted {
+            self.resident.remove(generation);
+        }
+        for load in &plan.loads {
+            let pages = self.model.backend().take_pages(&mut self.pool, plan.pages(load))?;
+            let is_for = |lease: &&Lease| lease.generation() == load.generation;
+            let mut leases = self.requests.values().filter_map(|request| request.lease.as_ref());
+            let lease = leases.find(is_for).or_else(|| self.pinned.get(&load.generation));
+            let lease = lease.expect("a load is for a waiting request or a pin").clone();
+            self.totals.loaded_pages += load.pages.len() as u64;
+            self.loader.begin(lease, pages);
+            self.loading += 1;
+        }
+        self.show_residents();
+        Ok(())
+    }
+
+    /// A load has ended.
+    fn settle(&mut self, loaded: Loaded<B::Adapter>) {
+        let Loaded { generation, result, micros } = loaded;
+        self.loading -= 1;
+        self.totals.load_micros += micros;
+        match result {
+            Ok(adapter) => {
+                self.resident.insert(generation, adapter);
+                self.scheduler.adapter_loaded(generation);
+                self.show_residents();
+            }
+            Err(error) => {
+                tracing::warn!(%generation, %error, "an adapter could not be loaded");
+                self.pinned.remove(&generation);
+                for id in self.scheduler.adapter_failed(generation) {
+                    if let Some(sequence) = self.sequences.get(&id) {
+                        self.fail(sequence.request, error.clone());
+                    }
+                }
+            }
+        }
+    }
+
+    fn show_residents(&self) {
+        let mut shown = self.board.resident.lock().unwrap_or_else(PoisonError::into_inner);
+        shown.clear();
+        shown.extend(self.resident.keys());
     }
 
     fn now(&self) -> Time {
@@ -212,12 +315,12 @@ impl<B: Backend> StepThread<B> {
     }
 
     /// Hands a request to the scheduler: one sequence per sample. All of them or none.
-    fn admit(&mut self, incoming: Incoming<B::Adapter>) {
-        let Incoming { submit, adapter, events, control } = incoming;
+    fn admit(&mut self, incoming: Incoming) {
+        let Incoming { submit, pages, events, control } = incoming;
         let now = self.now();
         let key = RequestKey(self.next_key);
         let params = submit.sampling;
-        let generation = submit.lease.as_ref().map(|lease| lease.generation());
+        let adapter = submit.lease.as_ref().map(|lease| self.need(lease.generation(), pages));
         let mut samples = Vec::with_capacity(params.n as usize);
         for index in 0..params.n {
             let id = SequenceId(self.next_key);
@@ -225,7 +328,8 @@ impl<B: Backend> StepThread<B> {
             let new = NewSequence {
                 id,
                 tenant: submit.tenant.clone(),
-                generation,
+                rate: self.tenant_rate,
+                adapter,
                 cache_salt: submit.cache_salt.clone(),
                 priority: submit.priority,
                 deadline: submit.deadline.map(|deadline| self.time(deadline)),
@@ -239,7 +343,7 @@ impl<B: Backend> StepThread<B> {
                     self.scheduler.abort(id);
                     self.sequences.remove(&id);
                 }
-                drop((submit.lease, adapter));
+                drop(submit.lease);
                 fail_reader(&events, &control, refusal(error));
                 return;
             }
@@ -254,8 +358,7 @@ impl<B: Backend> StepThread<B> {
         let request = Request {
             control,
             events,
-            adapter,
-            _lease: submit.lease,
+            lease: submit.lease,
             prompt_tokens,
             scored: 0,
             open_samples: samples.len(),
@@ -304,6 +407,7 @@ impl<B: Backend> StepThread<B> {
                 self.fail(sequence.request, EngineError::DeadlineExceeded);
             }
         }
+        self.move_adapters(&plan)?;
         let worked = !plan.sequences.is_empty();
         if worked {
             self.execute(&plan)?;
@@ -330,15 +434,15 @@ impl<B: Backend> StepThread<B> {
         segments.extend(plan.sequences.iter().zip(&buffers.rows).map(|(planned, rows)| LoraSegment {
             row: rows.row,
             rows: rows.rows,
-            adapter: adapter(&self.sequences, &self.requests, planned.id),
+            adapter: adapter(&self.resident, planned),
         }));
         merge(&mut segments);
         let mut wanted_segments = recycle(std::mem::take(&mut buffers.wanted_segments));
-        let of = |planned: usize| adapter(&self.sequences, &self.requests, plan.sequences[planned].id);
+        let of = |planned: usize| adapter(&self.resident, &plan.sequences[planned]);
         row_segments(&buffers.logits, of, &mut wanted_segments);
         let (lora, wanted_lora) = (LoraRows { segments: &segments }, LoraRows { segments: &wanted_segments });
         let wanted = (buffers.wanted.as_slice(), &wanted_lora);
-        self.model.forward(&mut self.activations, &rows, &lora, wanted, &mut self.kv)?;
+        self.model.forward(&mut self.activations, &rows, &lora, wanted, &mut self.pool)?;
         buffers.segments = recycle(segments);
         buffers.wanted_segments = recycle(wanted_segments);
 
@@ -409,7 +513,7 @@ impl<B: Backend> StepThread<B> {
         buffers.logit_rows.clear();
         buffers.logit_rows.extend(part.iter().map(|wanted| wanted.row));
         let mut segments = recycle(std::mem::take(&mut buffers.segments));
-        let of = |planned: usize| adapter(&self.sequences, &self.requests, plan.sequences[planned].id);
+        let of = |planned: usize| adapter(&self.resident, &plan.sequences[planned]);
         row_segments(part, of, &mut segments);
         let lora = LoraRows { segments: &segments };
         let logits = self.model.logits(&mut self.activations, &buffers.logit_rows, &lora)?;
@@ -556,8 +660,8 @@ impl<B: Backend> StepThread<B> {
         self.incoming.close();
         while let Ok(command) = self.incoming.try_recv() {
             if let Command::Submit(incoming) = command {
-                let Incoming { submit, adapter, events, control } = *incoming;
-                drop((submit, adapter));
+                let Incoming { submit, events, control, .. } = *incoming;
+                drop(submit);
                 fail_reader(&events, &control, error.clone());
             }
         }
@@ -569,8 +673,20 @@ impl<B: Backend> StepThread<B> {
         *board = EngineStats {
             running: stats.running,
             waiting: stats.waiting,
-            blocks_total: stats.blocks_total,
-            blocks_free: stats.blocks_free,
+            pages_total: stats.pages_total,
+            pages_free: stats.pages_free,
+            pages_cached: stats.pages_cached,
+            page_bytes: board.page_bytes,
+            adapters_resident: stats.adapters_resident,
+            adapters_loading: stats.adapters_loading,
+            adapters_pinned: stats.adapters_pinned,
+            adapter_pages: stats.adapter_pages,
+            adapter_loads_total: stats.loads_total,
+            adapter_load_failures_total: stats.load_failures_total,
+            adapter_load_micros_total: self.totals.load_micros,
+            adapter_evictions_total: stats.adapter_evictions_total,
+            adapter_hits_total: stats.adapter_hits_total,
+            adapter_misses_total: stats.adapter_misses_total,
             steps_total: self.totals.steps,
             prompt_tokens_total: self.totals.prompt_tokens,
             generation_tokens_total: self.totals.generation_tokens,
@@ -578,18 +694,16 @@ impl<B: Backend> StepThread<B> {
             prefix_queries_total: stats.prefix_queries_total,
             prefix_hits_total: stats.prefix_hits_total,
             step_micros_total: self.totals.step_micros,
-            ..EngineStats::default()
         };
     }
 }
 
-/// The adapter of a live sequence. Not a method: activations and KV are borrowed for writing at the same time.
-fn adapter<'a, A>(
-    sequences: &HashMap<SequenceId, Sequence>,
-    requests: &'a HashMap<RequestKey, Request<A>>,
-    id: SequenceId,
-) -> Option<&'a A> {
-    requests[&sequences[&id].request].adapter.as_ref().map(|resident| &resident.adapter)
+/// The adapter of a planned sequence. Not a method: activations and pages are borrowed for writing at the same time.
+///
+/// # Panics
+/// When it is not there: nothing is ever served in an adapter's name that the adapter did not produce.
+fn adapter<'a, A>(resident: &'a HashMap<Generation, A>, planned: &ScheduledSequence) -> Option<&'a A> {
+    planned.generation.map(|generation| &resident[&generation])
 }
 
 /// Tells a reader that its request has failed: in the channel, or where that is full, when it has read all that is there.
@@ -604,6 +718,7 @@ fn refusal(error: SubmitError) -> EngineError {
             EngineError::QueueFull { waiting, max, retry_after: Duration::from_micros(retry_after_micros) }
         }
         SubmitError::Invalid(field) => EngineError::Invalid(field),
+        SubmitError::TenantQueueFull { .. } | SubmitError::NoRoomForPin { .. } => EngineError::Refused(error),
         other => EngineError::Invalid(InvalidField::new("sampling.max_tokens", format!("cannot be served: {other}"))),
     }
 }
