@@ -4,10 +4,10 @@ use crate::Scheduler;
 use crate::sequence::Phase;
 
 impl Scheduler {
-    /// Panics, saying what is broken, unless every block, queue entry and count agrees with the sequences. Takes time
+    /// Panics, saying what is broken, unless every page, queue entry and count agrees with the sequences. Takes time
     /// proportional to the pool and the queue: for simulations, tests and idle moments.
     pub fn check_invariants(&self) {
-        let mut named = vec![0; self.pool.len()];
+        let mut named = vec![0; self.memory.pages.len()];
         let (mut running, mut deadlines) = (0, 0);
         for (slot, sequence) in self.slots.iter() {
             let id = sequence.id;
@@ -41,22 +41,16 @@ impl Scheduler {
         }
         assert_eq!((running, deadlines), (self.running.len(), self.deadlines.len()), "running sequences and deadlines");
         assert!(running <= self.config.max_num_seqs, "{running} sequences run, more than max_num_seqs");
-        self.pool.check(&named);
+        self.memory.check(&named);
         self.queue.check(self.slots.iter().map(|(_, sequence)| (sequence.ticket, sequence.phase == Phase::Waiting)));
         self.check_adapters();
+        self.check_loading();
     }
 
     fn check_adapters(&self) {
-        let running = self.running.iter().map(|&slot| &self.slots[slot]);
-        let mut generations: Vec<_> = running.filter_map(|sequence| sequence.ticket.generation).collect();
-        for generation in &generations {
-            let count = generations.iter().filter(|other| *other == generation).count();
-            assert_eq!(self.adapters.running(generation) as usize, count, "running sequences of {generation:?}");
-        }
-        generations.sort_unstable();
-        generations.dedup();
-        assert_eq!(self.adapters.len(), generations.len(), "active adapters");
-        assert!(generations.len() <= self.config.max_loras, "more adapters run than max_loras");
+        let (active, pages) = (self.memory.adapters.active(), self.memory.adapters.active_pages());
+        assert!(active <= self.config.max_loras, "more adapters run than max_loras");
+        assert!(active <= 1 || pages <= self.config.adapter_pages_per_step, "adapters exceed adapter_pages_per_step");
         if let Some(slot) = self.reserved {
             let waits = self.slots.is_live(slot) && self.slots[slot].phase == Phase::Waiting;
             assert!(waits, "a place is kept for the adapter of a sequence that does not wait");

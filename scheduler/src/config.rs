@@ -7,16 +7,28 @@ use openlora_types::InvalidField;
 pub struct SchedulerConfig {
     /// Tokens of one KV block.
     pub block_size: usize,
-    /// KV blocks in the pool.
-    pub num_blocks: usize,
+    /// Pages of the pool: each a KV block or a piece of an adapter.
+    pub num_pages: usize,
     /// Sequences that run at once.
     pub max_num_seqs: usize,
     /// Rows of one step. At least `max_num_seqs`, so that every running sequence gets a row in every step.
     pub max_num_batched_tokens: usize,
     /// Distinct adapter generations among the running sequences; the base model is free.
     pub max_loras: usize,
+    /// Pages of those adapters together: what a step reads of adapters is a cost like its rows. One adapter that is larger runs
+    /// alone.
+    pub adapter_pages_per_step: usize,
+    /// Adapters being loaded at once.
+    pub max_loading: usize,
+    /// Waiting sequences, in the queue's order, whose adapters a step may start to load; also how far it looks, inside one
+    /// tenant's class, for a sequence whose adapter is active.
+    pub lookahead: usize,
+    /// About how long one KV block takes to compute, in microseconds: what the eviction of a cached one may cost.
+    pub block_micros: u64,
     /// Sequences waiting for their first step; one more is refused. Preempted sequences wait beside these.
     pub max_waiting: usize,
+    /// Of those, sequences of one tenant.
+    pub max_waiting_per_tenant: usize,
     /// Whether full blocks are kept for sequences with the same beginning.
     pub prefix_cache: bool,
     /// Rows one sequence may take in a step while others live: bounds how long a decoding sequence waits for a
@@ -35,11 +47,16 @@ impl Default for SchedulerConfig {
     fn default() -> Self {
         Self {
             block_size: 16,
-            num_blocks: 1_024,
+            num_pages: 1_024,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
             max_loras: 64,
+            adapter_pages_per_step: 1_024,
+            max_loading: 4,
+            lookahead: 64,
+            block_micros: 10_000,
             max_waiting: 1_024,
+            max_waiting_per_tenant: 1_024,
             prefix_cache: true,
             long_prefill_chunk: 256,
             starvation_micros: 5_000_000,
@@ -55,15 +72,19 @@ impl SchedulerConfig {
     /// # Errors
     /// The first limit that cannot work, named `engine.<limit>` as in `openlora.toml`.
     pub fn validate(&self) -> Result<(), InvalidField> {
-        // Block ids and slots are u32; the bound keeps every product of two of these sizes inside u64.
+        // Page ids and slots are u32; the bound keeps every product of two of these sizes inside u64.
         let max = u32::MAX as usize;
         for (name, value) in [
             ("block_size", self.block_size),
-            ("num_blocks", self.num_blocks),
+            ("num_pages", self.num_pages),
             ("max_num_seqs", self.max_num_seqs),
             ("max_num_batched_tokens", self.max_num_batched_tokens),
             ("max_loras", self.max_loras),
+            ("adapter_pages_per_step", self.adapter_pages_per_step),
+            ("max_loading", self.max_loading),
+            ("lookahead", self.lookahead),
             ("max_waiting", self.max_waiting),
+            ("max_waiting_per_tenant", self.max_waiting_per_tenant),
             ("long_prefill_chunk", self.long_prefill_chunk),
         ] {
             if value == 0 || value > max {
@@ -94,7 +115,7 @@ impl SchedulerConfig {
 
     /// Tokens that the whole pool holds.
     pub(crate) fn pool_tokens(&self) -> usize {
-        self.num_blocks.saturating_mul(self.block_size)
+        self.num_pages.saturating_mul(self.block_size)
     }
 }
 
@@ -107,13 +128,17 @@ mod tests {
         type Change = fn(&mut SchedulerConfig);
         let cases: &[(&str, Change)] = &[
             ("engine.block_size", |c| c.block_size = 0),
-            ("engine.num_blocks", |c| c.num_blocks = 0),
-            ("engine.num_blocks", |c| c.num_blocks = usize::MAX),
+            ("engine.num_pages", |c| c.num_pages = 0),
+            ("engine.num_pages", |c| c.num_pages = usize::MAX),
             ("engine.max_num_seqs", |c| c.max_num_seqs = 0),
             ("engine.max_num_batched_tokens", |c| c.max_num_batched_tokens = 0),
             ("engine.max_num_batched_tokens", |c| c.max_num_batched_tokens = c.max_num_seqs - 1),
             ("engine.max_loras", |c| c.max_loras = 0),
+            ("engine.adapter_pages_per_step", |c| c.adapter_pages_per_step = 0),
+            ("engine.max_loading", |c| c.max_loading = 0),
+            ("engine.lookahead", |c| c.lookahead = 0),
             ("engine.max_waiting", |c| c.max_waiting = 0),
+            ("engine.max_waiting_per_tenant", |c| c.max_waiting_per_tenant = 0),
             ("engine.long_prefill_chunk", |c| c.long_prefill_chunk = 0),
             ("engine.input_weight", |c| c.input_weight = 0),
             ("engine.output_weight", |c| c.output_weight = 1_001),

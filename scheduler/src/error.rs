@@ -1,8 +1,10 @@
-//! Why a sequence is refused. After [`Scheduler::submit`](crate::Scheduler::submit) has accepted one, nothing can fail.
+//! Why a sequence or a pin is refused. After [`Scheduler::submit`](crate::Scheduler::submit) has accepted a sequence, only
+//! the load of its adapter can fail.
 
-use openlora_types::{Classify, Fault, InvalidField, SequenceId};
+use openlora_types::{Classify, Fault, Generation, InvalidField, SequenceId, TenantId};
 
-/// Why [`Scheduler::submit`](crate::Scheduler::submit) refused a sequence; the scheduler is unchanged.
+/// Why [`Scheduler::submit`](crate::Scheduler::submit) refused a sequence or [`Scheduler::pin`](crate::Scheduler::pin) an
+/// adapter; the scheduler is unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SubmitError {
@@ -16,7 +18,22 @@ pub enum SubmitError {
         /// When room is likely, from the pace at which sequences ended of late.
         retry_after_micros: u64,
     },
-    /// The sequence could never run, even alone.
+    /// The tenant has as many sequences waiting as one may have.
+    #[error(
+        "{waiting} sequences of {tenant} wait already, the limit max_waiting_per_tenant is {max}; retry in \
+         {retry_after_micros} µs"
+    )]
+    TenantQueueFull {
+        /// Whose share is used up.
+        tenant: TenantId,
+        /// Its sequences waiting now.
+        waiting: usize,
+        /// The limit.
+        max: usize,
+        /// When room is likely, from the pace at which sequences ended of late and the tenant's rate.
+        retry_after_micros: u64,
+    },
+    /// The sequence could never run, even alone: its tokens do not fit.
     #[error(
         "prompt and max_tokens are {tokens} tokens together and the KV cache holds {max}; send a shorter prompt, ask for \
          fewer tokens or raise kv_cache_bytes"
@@ -25,6 +42,40 @@ pub enum SubmitError {
         /// Tokens of the prompt and of the longest answer.
         tokens: usize,
         /// Tokens that the pool holds.
+        max: usize,
+    },
+    /// The sequence could never run, even alone: its tokens fit, but not beside its adapter and the pinned ones.
+    #[error(
+        "the sequence needs {blocks} pages for its tokens and {adapter} for its adapter; {pinned} of {max} pages are pinned \
+         for other adapters; ask for fewer tokens, unpin an adapter or raise kv_cache_bytes"
+    )]
+    TooManyPages {
+        /// Pages for all tokens of the prompt and of the longest answer.
+        blocks: usize,
+        /// Pages of its adapter.
+        adapter: usize,
+        /// Pages of other adapters that are pinned.
+        pinned: usize,
+        /// Pages of the pool.
+        max: usize,
+    },
+    /// With this adapter pinned as well, a live sequence could not run to its end any more.
+    #[error(
+        "pinning {} takes {pages} pages; of {max}, {pinned} are pinned, {loading} are being loaded into and a live sequence \
+         needs {live}; retry later, unpin another adapter or raise kv_cache_bytes", generation.short()
+    )]
+    NoRoomForPin {
+        /// The adapter to be pinned.
+        generation: Generation,
+        /// Its pages.
+        pages: usize,
+        /// Pages pinned already.
+        pinned: usize,
+        /// Pages of other adapters that are being loaded.
+        loading: usize,
+        /// The most pages that a live sequence may need beside pinned adapters.
+        live: usize,
+        /// Pages of the pool.
         max: usize,
     },
     /// A field that no limit can make valid.
@@ -37,13 +88,20 @@ pub enum SubmitError {
 
 impl Classify for SubmitError {
     fn is_retryable(&self) -> bool {
-        matches!(self, Self::QueueFull { .. })
+        match self {
+            Self::QueueFull { .. } | Self::TenantQueueFull { .. } => true,
+            // Loads and sequences end; pins stay.
+            Self::NoRoomForPin { pages, pinned, max, .. } => pages.saturating_add(*pinned) <= *max,
+            Self::TooLong { .. } | Self::TooManyPages { .. } | Self::Invalid(_) | Self::DuplicateId(_) => false,
+        }
     }
 
     fn fault(&self) -> Fault {
         match self {
-            Self::TooLong { .. } | Self::Invalid(_) => Fault::Client,
-            Self::QueueFull { .. } | Self::DuplicateId(_) => Fault::Server,
+            Self::TooLong { .. } | Self::TooManyPages { .. } | Self::TenantQueueFull { .. } | Self::Invalid(_) => {
+                Fault::Client
+            }
+            Self::QueueFull { .. } | Self::NoRoomForPin { .. } | Self::DuplicateId(_) => Fault::Server,
         }
     }
 }

@@ -1,8 +1,11 @@
 //! The one hand-off between scheduler and engine: a [`StepPlan`] out, [`SequenceResult`]s back.
 
-use openlora_types::{Generation, SequenceId, Token};
+use std::ops::Range;
 
-/// What one step computes. The engine runs it and calls [`Scheduler::update`](crate::Scheduler::update) before asking for
+use openlora_types::{Generation, SequenceId, Time, Token};
+
+/// What one step computes, and what moves in and out of the pool before it. The engine drops what is `evicted`, hands the
+/// `loads` to whoever loads, runs the `sequences`  and calls [`Scheduler::update`](crate::Scheduler::update) before asking for
 /// the next. Reusable: [`Scheduler::schedule_into`](crate::Scheduler::schedule_into) keeps the buffers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StepPlan {
@@ -11,12 +14,23 @@ pub struct StepPlan {
     pub sequences: Vec<ScheduledSequence>,
     /// The block tables of all sequences, one after the other; see [`ScheduledSequence::table`].
     pub block_tables: Vec<u32>,
-    /// Sequences put back to waiting for want of blocks. They keep their tokens and are recomputed later.
+    /// Adapters whose pages were taken back, to be dropped before anything else of this plan is done: blocks and loads of the
+    /// same plan may be in those pages.
+    pub evicted: Vec<Generation>,
+    /// Adapters to load, each to be answered by [`Scheduler::adapter_loaded`](crate::Scheduler::adapter_loaded) or
+    /// [`Scheduler::adapter_failed`](crate::Scheduler::adapter_failed). There may be some in a plan without sequences.
+    pub loads: Vec<AdapterLoad>,
+    /// The pages of all loads, one after the other; see [`AdapterLoad::pages`].
+    pub load_pages: Vec<u32>,
+    /// Sequences put back to waiting for want of pages. They keep their tokens and are recomputed later.
     pub preempted: Vec<SequenceId>,
     /// Sequences whose deadline has passed: ended, their blocks freed, forgotten.
     pub expired: Vec<SequenceId>,
     /// Sum of `rows` over `sequences`; at most `max_num_batched_tokens`.
     pub total_rows: usize,
+    /// In a plan without sequences: when to ask for the next, if no call changes anything before. The first deadline, or when
+    /// a tenant's bucket has refilled.
+    pub wake_at: Option<Time>,
 }
 
 impl StepPlan {
@@ -26,13 +40,32 @@ impl StepPlan {
         &self.block_tables[sequence.table..sequence.table + sequence.blocks]
     }
 
+    /// The pages of one of this plan's loads.
+    #[must_use]
+    pub fn pages(&self, load: &AdapterLoad) -> &[u32] {
+        &self.load_pages[load.pages.clone()]
+    }
+
     pub(crate) fn clear(&mut self) {
         self.sequences.clear();
         self.block_tables.clear();
+        self.evicted.clear();
+        self.loads.clear();
+        self.load_pages.clear();
         self.preempted.clear();
         self.expired.clear();
         self.total_rows = 0;
+        self.wake_at = None;
     }
+}
+
+/// An adapter to load.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterLoad {
+    /// Which.
+    pub generation: Generation,
+    /// Where its pages stand in [`StepPlan::load_pages`]: as many as its [`AdapterNeed`](crate::AdapterNeed) names.
+    pub pages: Range<usize>,
 }
 
 /// The rows of one sequence in a step: its tokens `start..start + rows`.

@@ -12,17 +12,22 @@
 //! waiting tenants stay within a bound of each other, none of them starves.
 //!
 //! **Then the oldest.** Within a tenant and class the order is that of submission; a preempted sequence takes its old
-//! place.
+//! place. One step may prefer, inside a tenant's class, a sequence whose adapter is active to those before it (see `step.rs`):
+//! that moves nothing between tenants or classes.
+//!
+//! A tenant whose token bucket is empty (`rate.rs`) has no turn until it has refilled; then it is lifted like one that was
+//! away.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-use openlora_types::{Generation, Priority, TenantId, Time};
+use openlora_types::{Priority, TenantId, Time};
 
 use crate::prefix_cache::FixedMap;
+use crate::rate::{Bucket, Rate};
 
 /// Tenants without a live sequence whose counters are remembered. Past this the smallest counter is forgotten: the one
-/// that lifting a returning tenant would most likely overwrite anyway.
+/// that lifting a returning tenant would most likely overwrite anyway; its bucket is full when it returns.
 const IDLE_TENANTS_MAX: usize = 1_024;
 
 const CLASSES: usize = 3;
@@ -33,8 +38,8 @@ pub(crate) struct Ticket {
     pub(crate) slot: u32,
     pub(crate) tenant: u32,
     pub(crate) priority: Priority,
-    /// Its adapter; here, and not with the rest of the sequence, because a selection may pass over hundreds for it.
-    pub(crate) generation: Option<Generation>,
+    /// The slot of its adapter; here, and not with the rest of the sequence, because a selection may pass over hundreds for it.
+    pub(crate) adapter: Option<u32>,
     /// Number of its submission.
     pub(crate) order: u64,
     pub(crate) arrival: Time,
@@ -52,6 +57,9 @@ struct Tenant {
     name: TenantId,
     /// Weighted tokens of service.
     counter: u64,
+    bucket: Option<Bucket>,
+    /// Whether its bucket was still empty when the step began: it has no turn in the whole step.
+    throttled: bool,
     /// Sequences, waiting and running.
     live: usize,
     waiting: usize,
@@ -59,6 +67,13 @@ struct Tenant {
     classes: [VecDeque<Ticket>; CLASSES],
     /// During a selection: entries before these were passed over.
     cursors: [usize; CLASSES],
+}
+
+impl Tenant {
+    /// Whether its bucket has something left, now and since the step began.
+    fn has_turns(&self) -> bool {
+        !self.throttled && !self.bucket.as_ref().is_some_and(Bucket::is_empty)
+    }
 }
 
 /// What a tenant offers for admission, ordered so that the greatest goes first.
@@ -142,14 +157,66 @@ impl Queue {
     /// Adds a new sequence; lifts its tenant's counter if nothing of it waits yet.
     pub(crate) fn submit(&mut self, ticket: Ticket, now: Time) {
         if self.tenant(ticket.tenant).waiting == 0 {
-            let lowest = self.backlogged.iter().map(|&tenant| self.tenant(tenant).counter).min();
-            let level = lowest.or_else(|| self.last_out.map(|tenant| self.tenant(tenant).counter)).unwrap_or(0);
-            self.level = self.level.max(level);
-            let level = self.level;
-            let tenant = self.tenant_mut(ticket.tenant);
-            tenant.counter = tenant.counter.max(level);
+            self.lift(ticket.tenant);
         }
         self.insert(ticket, now);
+    }
+
+    /// Brings a tenant that comes back among those that have turns to their level.
+    fn lift(&mut self, tenant: u32) {
+        let others = self.backlogged.iter().map(|&other| self.tenant(other)).filter(|other| !other.throttled);
+        let level = others.map(|other| other.counter).min();
+        let level = level.or_else(|| self.last_out.map(|tenant| self.tenant(tenant).counter)).unwrap_or(0);
+        self.level = self.level.max(level);
+        let level = self.level;
+        let tenant = self.tenant_mut(tenant);
+        tenant.counter = tenant.counter.max(level);
+    }
+
+    /// From now on the tenant has this rate.
+    pub(crate) fn set_rate(&mut self, tenant: u32, rate: Option<Rate>, now: Time) {
+        let bucket = &mut self.tenant_mut(tenant).bucket;
+        match (bucket.as_mut(), rate) {
+            (Some(bucket), Some(rate)) => bucket.set_rate(rate, now),
+            (_, rate) => *bucket = rate.map(|rate| Bucket::new(rate, now)),
+        }
+    }
+
+    /// Fills the buckets. A tenant whose bucket is empty has no turn until it is filled; then it comes back like one that
+    /// was away.
+    pub(crate) fn refill(&mut self, now: Time) {
+        for at in 0..self.backlogged.len() {
+            let at = self.backlogged[at];
+            let tenant = self.tenant_mut(at);
+            let throttled = tenant.bucket.as_mut().is_some_and(|bucket| {
+                bucket.fill(now);
+                bucket.is_empty()
+            });
+            if tenant.throttled && !throttled {
+                self.lift(at);
+            }
+            self.tenant_mut(at).throttled = throttled;
+        }
+    }
+
+    /// Whether the tenant's bucket lets it have turns.
+    pub(crate) fn has_turns(&self, tenant: u32) -> bool {
+        self.tenant(tenant).has_turns()
+    }
+
+    /// When the first of the empty buckets has refilled.
+    pub(crate) fn refilled_at(&self) -> Option<Time> {
+        let throttled = self.backlogged.iter().map(|&at| self.tenant(at)).filter(|tenant| tenant.throttled);
+        throttled.filter_map(|tenant| tenant.bucket.as_ref().map(Bucket::refilled_at)).min()
+    }
+
+    /// A known tenant's waiting sequences, and when its bucket, if it is empty, has refilled.
+    pub(crate) fn share(&self, name: &TenantId) -> (usize, Option<Time>) {
+        self.by_name.get(name).map_or((0, None), |&at| {
+            let tenant = self.tenant(at);
+            let refilled = tenant.bucket.as_ref().filter(|bucket| bucket.is_empty()).map(Bucket::refilled_at);
+            (tenant.waiting, refilled)
+        })
     }
 
     /// Puts a preempted sequence back in its place: before everything of its tenant and class that was submitted later.
@@ -184,10 +251,13 @@ impl Queue {
         self.classes[ticket.priority as usize].waiting -= 1;
     }
 
-    /// Adds service to a tenant's counter.
-    pub(crate) fn charge(&mut self, tenant: u32, amount: u64) {
+    /// Adds the service of `tokens` tokens, each of `weight`, to a tenant's counter, and takes them from its bucket.
+    pub(crate) fn charge(&mut self, tenant: u32, tokens: u64, weight: u64, now: Time) {
         let tenant = self.tenant_mut(tenant);
-        tenant.counter = tenant.counter.saturating_add(amount);
+        tenant.counter = tenant.counter.saturating_add(tokens * weight);
+        if let Some(bucket) = &mut tenant.bucket {
+            bucket.take(tokens, now);
+        }
     }
 
     /// Starts a selection: [`Queue::next`] then returns sequence after sequence, each to be answered by [`Queue::admit`] or
@@ -209,11 +279,19 @@ impl Queue {
         })
     }
 
-    /// Takes a sequence that is admitted out of the queue and charges its tenant: the one that [`Queue::next`] returned, or
-    /// any other before the selection begins.
-    pub(crate) fn admit(&mut self, ticket: &Ticket, charge: u64, now: Time) {
+    /// The first sequence behind the one that [`Queue::next`] returned, of the same tenant and class and among the next
+    /// `lookahead`, that is `preferred`. Admitting it instead costs no other tenant or class its turn.
+    pub(crate) fn prefer(&self, lookahead: usize, preferred: impl Fn(&Ticket) -> bool) -> Option<Ticket> {
+        let offer = self.offers.peek()?;
+        let tenant = self.tenant(offer.tenant);
+        let behind = tenant.classes[offer.class].range(tenant.cursors[offer.class] + 1..);
+        behind.take(lookahead).find(|ticket| preferred(ticket)).copied()
+    }
+
+    /// Takes a sequence that is admitted out of the queue; the caller charged its tenant. It is the one that [`Queue::next`]
+    /// or [`Queue::prefer`] returned, or any other before the selection begins.
+    pub(crate) fn admit(&mut self, ticket: &Ticket, now: Time) {
         self.remove(ticket);
-        self.charge(ticket.tenant, charge);
         if self.tenant(ticket.tenant).waiting == 0 {
             self.last_out = Some(ticket.tenant);
         }
@@ -253,6 +331,9 @@ impl Queue {
     /// Enters the best of the tenant's sequences that were not passed over.
     fn offer(&mut self, at: u32) {
         let tenant = self.tenant(at);
+        if !tenant.has_turns() {
+            return;
+        }
         let heads = tenant.classes.iter().zip(tenant.cursors).enumerate();
         let heads = heads.filter_map(|(class, (queue, cursor))| queue.get(cursor).map(|head| (class, head)));
         let offers = heads.map(|(class, head)| {
@@ -275,6 +356,8 @@ impl Queue {
         let tenant = Tenant {
             name: name.clone(),
             counter: 0,
+            bucket: None,
+            throttled: false,
             live: 0,
             waiting: 0,
             classes: Default::default(),
@@ -365,7 +448,7 @@ mod tests {
             let order = self.submitted;
             self.submitted += 1;
             let (slot, arrival) = (order as u32, Time(arrival));
-            let ticket = Ticket { slot, tenant, priority, generation: None, order, arrival };
+            let ticket = Ticket { slot, tenant, priority, adapter: None, order, arrival };
             self.queue.submit(ticket, arrival);
             order
         }
@@ -376,7 +459,8 @@ mod tests {
             let mut orders = Vec::new();
             while let Some(ticket) = self.queue.next() {
                 orders.push(ticket.order);
-                self.queue.admit(&ticket, charge, Time(now));
+                self.queue.charge(ticket.tenant, charge, 1, Time(now));
+                self.queue.admit(&ticket, Time(now));
                 self.queue.leave(ticket.tenant);
             }
             self.queue.end();
@@ -408,7 +492,7 @@ mod tests {
         for _ in 0..3 {
             rig.submit("flood", Priority::Normal, 0);
         }
-        rig.queue.charge(0, 100);
+        rig.queue.charge(0, 100, 1, Time(0));
         let light = [200, 200].map(|arrival| {
             let order = rig.submit("light", Priority::Normal, arrival);
             rig.queue.tenants[1].as_mut().expect("light has a sequence").counter = 0;
@@ -445,7 +529,7 @@ mod tests {
         let mut rig = Rig::new();
         let heavy = rig.queue.join(&TenantId("heavy".into()));
         rig.submit("light", Priority::Normal, 0);
-        rig.queue.charge(heavy, 7);
+        rig.queue.charge(heavy, 7, 1, Time(0));
         rig.queue.leave(heavy);
         let heavy = rig.submit("heavy", Priority::Normal, 0);
         let light = [0, 0].map(|arrival| rig.submit("light", Priority::Normal, arrival));
@@ -462,8 +546,39 @@ mod tests {
         rig.queue.pass_over(|_| false);
         let second = rig.queue.next().expect("two are left");
         assert_eq!(second.order, 1);
-        rig.queue.admit(&second, 1, Time(0));
+        rig.queue.admit(&second, Time(0));
         assert_eq!(rig.drain(1, 0), [0, 2]);
+    }
+
+    #[test]
+    fn a_throttled_tenant_has_no_turn_and_returns_without_credit() {
+        let mut rig = Rig::new();
+        let throttled = rig.queue.join(&TenantId("throttled".into()));
+        rig.queue.set_rate(throttled, Some(Rate { tokens_per_second: 1_000_000, burst: 1 }), Time(0));
+        rig.queue.charge(throttled, 10, 0, Time(0));
+        let late = [0, 0, 0].map(|_| rig.submit("throttled", Priority::High, 0));
+        rig.submit("busy", Priority::Low, 0);
+        rig.queue.refill(Time(0));
+        assert_eq!((rig.queue.has_turns(throttled), rig.queue.refilled_at()), (false, Some(Time(10))));
+        assert_eq!(rig.drain(100, 0), [3]);
+        rig.queue.refill(Time(10));
+        assert!(rig.queue.has_turns(throttled));
+        assert_eq!(rig.queue.tenant(throttled).counter, 100, "it is level with the tenant that was served");
+        assert_eq!(rig.drain(0, 10), late);
+    }
+
+    #[test]
+    fn a_preferred_sequence_is_found_only_inside_the_tenants_class() {
+        let mut rig = Rig::new();
+        for (tenant, priority) in [("a", 1), ("a", 1), ("a", 0), ("b", 1), ("a", 1)] {
+            rig.submit(tenant, [Priority::Low, Priority::Normal][priority], 0);
+        }
+        rig.queue.begin(Time(0));
+        let found = |lookahead, order| rig.queue.prefer(lookahead, |ticket| ticket.order == order).map(|t| t.order);
+        let cases = [(1, 1, Some(1)), (1, 4, None), (2, 4, Some(4)), (9, 0, None), (9, 2, None), (9, 3, None)];
+        for (lookahead, order, expected) in cases {
+            assert_eq!(found(lookahead, order), expected, "{order} among {lookahead}");
+        }
     }
 
     #[test]

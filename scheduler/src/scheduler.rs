@@ -5,13 +5,13 @@ use std::hash::{BuildHasherDefault, DefaultHasher};
 
 use openlora_types::{InvalidField, SequenceId, Time, Token};
 
-use crate::active_adapters::ActiveAdapters;
-use crate::block_pool::BlockPool;
+use crate::memory::Memory;
 use crate::prefix_cache::BlockKey;
 use crate::queue::{Queue, Ticket};
+use crate::residency::State;
 use crate::sequence::{NewSequence, Phase, Sequence, Slots};
 use crate::step::Chosen;
-use crate::{SchedulerConfig, SequenceResult, Stats, SubmitError};
+use crate::{AdapterNeed, SchedulerConfig, SequenceResult, Stats, SubmitError};
 
 /// Between these [`SubmitError::QueueFull`] tells when to retry, in microseconds.
 const RETRY_MICROS: std::ops::RangeInclusive<u64> = 10_000..=30_000_000;
@@ -25,15 +25,19 @@ pub struct Scheduler {
     pub(crate) config: SchedulerConfig,
     pub(crate) slots: Slots,
     pub(crate) queue: Queue,
-    pub(crate) pool: BlockPool,
-    pub(crate) adapters: ActiveAdapters,
+    pub(crate) memory: Memory,
     /// Running sequences; ordered by rank during a step.
     pub(crate) running: Vec<u32>,
     /// Sequences of the step that is being computed.
     pub(crate) in_flight: Vec<u32>,
     pub(crate) deadlines: BTreeSet<(Time, SequenceId)>,
-    /// A waiting sequence that had its turn and found no place for its adapter: the next place is kept for it.
+    /// An aged waiting sequence that had its turn and whose adapter was not there or found no place: place and pages are kept
+    /// for it.
     pub(crate) reserved: Option<u32>,
+    /// Pinned adapters that are absent, in the order of their pins.
+    pub(crate) pending_pins: Vec<u32>,
+    /// Wanted idle adapters that a load must not evict; filled anew in each step that loads.
+    pub(crate) shielded: Vec<u32>,
     /// What the step being planned has chosen so far.
     pub(crate) chosen: Vec<Chosen>,
     /// Blocks that the step being planned will fill.
@@ -44,7 +48,7 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// An empty scheduler; every block is free.
+    /// An empty scheduler; every page is free.
     ///
     /// # Panics
     /// If [`SchedulerConfig::validate`] refuses `config`.
@@ -56,15 +60,16 @@ impl Scheduler {
         Self {
             slots: Slots::default(),
             queue: Queue::new(config.starvation_micros),
-            pool: BlockPool::new(config.num_blocks),
-            adapters: ActiveAdapters::with_capacity(config.max_loras.min(config.max_num_seqs)),
+            memory: Memory::new(&config),
             running: Vec::with_capacity(config.max_num_seqs),
             in_flight: Vec::with_capacity(config.max_num_seqs),
             deadlines: BTreeSet::new(),
             reserved: None,
+            pending_pins: Vec::new(),
+            shielded: Vec::new(),
             chosen: Vec::with_capacity(config.max_num_seqs),
             filling: HashSet::default(),
-            stats: Stats { blocks_total: config.num_blocks, ..Stats::default() },
+            stats: Stats { pages_total: config.num_pages, ..Stats::default() },
             submissions: 0,
             pace: Pace::default(),
             config,
@@ -80,18 +85,22 @@ impl Scheduler {
     /// Puts a sequence into the queue.
     ///
     /// # Errors
-    /// [`SubmitError::Invalid`] for an empty prompt or no tokens to generate, [`SubmitError::TooLong`] for a sequence that
-    /// would not fit the pool even alone, [`SubmitError::QueueFull`] above `max_waiting`, [`SubmitError::DuplicateId`].
+    /// [`SubmitError::Invalid`] for an empty prompt, no tokens to generate, a rate of nothing or an adapter of no pages or of
+    /// other pages than before; [`SubmitError::TooLong`] and [`SubmitError::TooManyPages`] for a sequence that would not fit the
+    /// pool even alone; [`SubmitError::QueueFull`] above `max_waiting`, [`SubmitError::TenantQueueFull`] above
+    /// `max_waiting_per_tenant`; [`SubmitError::DuplicateId`].
     pub fn submit(&mut self, now: Time, new: NewSequence) -> Result<(), SubmitError> {
-        self.admissible(&new)?;
+        self.admissible(now, &new)?;
         let tenant = self.queue.join(&new.tenant);
-        let (priority, generation, order) = (new.priority, new.generation, self.submissions);
+        self.queue.set_rate(tenant, new.rate, now);
+        let adapter = new.adapter.as_ref().map(|need| self.want(need));
+        let (priority, order) = (new.priority, self.submissions);
         self.submissions += 1;
         if let Some(deadline) = new.deadline {
             self.deadlines.insert((deadline, new.id));
         }
         let slot = self.slots.insert(|slot| {
-            let mut sequence = Sequence::new(new, Ticket { slot, tenant, priority, generation, order, arrival: now });
+            let mut sequence = Sequence::new(new, Ticket { slot, tenant, priority, adapter, order, arrival: now });
             if self.config.prefix_cache {
                 sequence.extend_keys(self.config.block_size);
             }
@@ -101,7 +110,21 @@ impl Scheduler {
         Ok(())
     }
 
-    fn admissible(&self, new: &NewSequence) -> Result<(), SubmitError> {
+    /// Counts one more waiting sequence of an adapter.
+    fn want(&mut self, need: &AdapterNeed) -> u32 {
+        let at = self.memory.adapters.know(need);
+        self.memory.adapters.change(at, |adapter| {
+            adapter.need.load_micros = need.load_micros;
+            adapter.waiting += 1;
+        });
+        match self.memory.adapters[at].state {
+            State::Resident => self.stats.adapter_hits_total += 1,
+            State::Absent | State::Loading => self.stats.adapter_misses_total += 1,
+        }
+        at
+    }
+
+    fn admissible(&self, now: Time, new: &NewSequence) -> Result<(), SubmitError> {
         if new.prompt.is_empty() {
             return Err(InvalidField::new("prompt", "must have at least one token").into());
         }
@@ -112,6 +135,10 @@ impl Scheduler {
         if tokens > max {
             return Err(SubmitError::TooLong { tokens, max });
         }
+        self.fits(tokens, new.adapter.as_ref())?;
+        if new.rate.is_some_and(|rate| rate.tokens_per_second == 0 || rate.burst == 0) {
+            return Err(InvalidField::new("rate", "must give and hold at least one token").into());
+        }
         if self.slots.find(new.id).is_some() {
             return Err(SubmitError::DuplicateId(new.id));
         }
@@ -119,7 +146,43 @@ impl Scheduler {
         if waiting >= max {
             return Err(SubmitError::QueueFull { waiting, max, retry_after_micros: self.pace.retry_after_micros() });
         }
+        let ((waiting, refilled), max) = (self.queue.share(&new.tenant), self.config.max_waiting_per_tenant);
+        if waiting >= max {
+            let refill = refilled.map_or(0, |at| at.since_micros(now).min(*RETRY_MICROS.end()));
+            let retry_after_micros = self.pace.retry_after_micros().max(refill);
+            return Err(SubmitError::TenantQueueFull { tenant: new.tenant.clone(), waiting, max, retry_after_micros });
+        }
         Ok(())
+    }
+
+    /// Whether a sequence could run if it were alone with the pinned adapters.
+    fn fits(&self, tokens: usize, adapter: Option<&AdapterNeed>) -> Result<(), SubmitError> {
+        let (mut pinned, mut pages) = (self.memory.adapters.totals().pinned_pages, 0);
+        if let Some(need) = adapter {
+            self.check_need(need)?;
+            pages = need.pages;
+            let own = self.memory.adapters.find(&need.generation).map(|at| &self.memory.adapters[at]);
+            pinned -= own.filter(|adapter| adapter.pinned).map_or(0, |adapter| adapter.need.pages);
+        }
+        let (blocks, max) = (self.config.blocks_for(tokens), self.config.num_pages);
+        if blocks.saturating_add(pages).saturating_add(pinned) > max {
+            return Err(SubmitError::TooManyPages { blocks, adapter: pages, pinned, max });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_need(&self, need: &AdapterNeed) -> Result<(), InvalidField> {
+        if need.pages == 0 {
+            return Err(InvalidField::new("adapter.pages", "must be at least 1"));
+        }
+        let known = self.memory.adapters.find(&need.generation).map(|at| self.memory.adapters[at].need.pages);
+        match known {
+            Some(pages) if pages != need.pages => {
+                let why = format!("is {} and was {pages} before; a generation never changes", need.pages);
+                Err(InvalidField::new("adapter.pages", why))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Ends a sequence and frees its blocks at once, whatever it was doing; a result that is still on its way for it is
@@ -162,14 +225,14 @@ impl Scheduler {
         if let Some(token) = token {
             assert!(samples, "{} has a token but its last plan ended before its last token", sequence.id);
             sequence.tokens.push(token);
-            self.queue.charge(sequence.ticket.tenant, self.config.output_weight);
+            self.queue.charge(sequence.ticket.tenant, 1, self.config.output_weight, now);
             if self.config.prefix_cache {
                 sequence.extend_keys(self.config.block_size);
             }
         } else {
             assert!(!samples || finished, "{} was to sample a token and has none", sequence.id);
         }
-        sequence.publish(&mut self.pool, self.config.block_size);
+        sequence.publish(&mut self.memory.pages, self.config.block_size);
         if finished || sequence.tokens.len() >= sequence.tokens_max() {
             self.end(slot);
             self.stats.finished_total += 1;
@@ -187,25 +250,31 @@ impl Scheduler {
             }
         }
         if self.reserved == Some(slot) {
-            self.reserved = None;
+            self.release_reservation();
         }
         let sequence = self.slots.remove(slot);
+        if let Some(at) = sequence.ticket.adapter {
+            self.memory.adapters.change(at, |adapter| adapter.waiting -= 1);
+        }
         if let Some(deadline) = sequence.deadline {
             self.deadlines.remove(&(deadline, sequence.id));
         }
         self.queue.leave(sequence.ticket.tenant);
     }
 
-    /// Takes a running sequence's blocks and its place among the adapters back.
+    /// Takes a running sequence's blocks and its lease on its adapter back: it wants the adapter as a waiting one does.
     pub(crate) fn vacate(&mut self, slot: u32) {
         let sequence = &mut self.slots[slot];
-        self.pool.release_all(&mut sequence.blocks);
+        self.memory.release_blocks(&mut sequence.blocks);
         sequence.computed = 0;
         sequence.in_flight = 0;
         sequence.published = 0;
         sequence.phase = Phase::Waiting;
-        if let Some(generation) = &sequence.ticket.generation {
-            self.adapters.leave(generation);
+        if let Some(at) = sequence.ticket.adapter {
+            self.memory.change_use(at, |adapter| {
+                adapter.running -= 1;
+                adapter.waiting += 1;
+            });
         }
     }
 
@@ -215,21 +284,28 @@ impl Scheduler {
         self.slots.find(id).map(|slot| self.slots[slot].tokens.as_slice())
     }
 
-    /// Whether there is anything to schedule.
+    /// Whether there is nothing to schedule: no live sequence, and no pinned adapter to load.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.slots.len() == 0
+        self.slots.len() == 0 && self.pending_pins.is_empty()
     }
 
     /// The counters as of now.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let totals = self.memory.adapters.totals();
         Stats {
             running: self.running.len(),
             waiting: self.queue.waiting(),
-            adapters_running: self.adapters.len(),
-            blocks_free: self.pool.available(),
-            blocks_cached: self.pool.cached(),
+            adapters_running: self.memory.adapters.active(),
+            adapters_loading: totals.loading,
+            adapters_resident: totals.resident,
+            adapters_pinned: totals.pinned,
+            pages_free: self.memory.pages.blank() + self.memory.pages.cached(),
+            pages_cached: self.memory.pages.cached(),
+            adapter_pages: totals.pages,
+            adapter_pages_idle: totals.idle_pages,
+            adapter_evictions_total: self.memory.adapter_evictions,
             ..self.stats
         }
     }

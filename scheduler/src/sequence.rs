@@ -2,12 +2,14 @@
 
 use std::cmp::Reverse;
 
-use openlora_types::{Generation, Priority, SequenceId, TenantId, Time, Token};
+use openlora_types::{Priority, SequenceId, TenantId, Time, Token};
 
 use crate::SchedulerConfig;
-use crate::block_pool::BlockPool;
+use crate::page_pool::PagePool;
 use crate::prefix_cache::{BlockKey, FixedMap};
 use crate::queue::Ticket;
+use crate::rate::Rate;
+use crate::residency::AdapterNeed;
 
 /// One sequence as it is submitted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,8 +18,10 @@ pub struct NewSequence {
     pub id: SequenceId,
     /// Whom it is accounted to; prefixes are shared only inside one tenant.
     pub tenant: TenantId,
+    /// Its tenant's rate from now on; `None` is none. What was computed under an earlier rate stays charged while there is one.
+    pub rate: Option<Rate>,
     /// Its adapter; `None` is the base model.
-    pub generation: Option<Generation>,
+    pub adapter: Option<AdapterNeed>,
     /// Prefixes are shared only under the same salt.
     pub cache_salt: String,
     /// Which class it waits in.
@@ -83,7 +87,7 @@ impl Sequence {
             phase: Phase::Waiting,
             admission: None,
             deferrals: 0,
-            root: BlockKey::root(new.generation.as_ref(), &new.tenant, &new.cache_salt),
+            root: BlockKey::root(new.adapter.as_ref().map(|need| &need.generation), &new.tenant, &new.cache_salt),
             prompt_len: new.prompt.len(),
             tokens: new.prompt,
             max_tokens: new.max_tokens as usize,
@@ -115,7 +119,7 @@ impl Sequence {
     }
 
     /// Offers the blocks that became full and computed to the prefix cache.
-    pub(crate) fn publish(&mut self, pool: &mut BlockPool, block_size: usize) {
+    pub(crate) fn publish(&mut self, pool: &mut PagePool, block_size: usize) {
         let full = self.keys.len().min(self.computed / block_size);
         for block in self.published..full {
             pool.publish(self.blocks[block], self.keys[block]);

@@ -1,9 +1,12 @@
 //! The scheduler under seeded, random traffic, and under the adversaries that each of its promises names.
 //!
-//! `world.rs` is a client, a clock and a model in one: it submits, cancels, lets deadlines pass and computes plans on a
-//! shadow KV cache that remembers what was written into each slot, and checks every plan against its own books.
+//! `world.rs` is a client, a clock and a model in one: it submits, cancels, registers adapters anew, pins, lets deadlines pass
+//! and loads fail, and checks every plan against its own books. `device.rs` is the pool that it computes on, which remembers
+//! what was written into each place of each page by KV and adapters, and which adapter has which page.
 //! `promises.rs` holds the promises that need a scene of their own. A failing seed is printed with the command that replays it.
 
+mod device;
+mod paging;
 mod promises;
 mod rng;
 mod world;
@@ -59,11 +62,16 @@ fn any_config(rng: &mut Rng) -> SchedulerConfig {
     let max_num_seqs = rng.between(1, 12);
     SchedulerConfig {
         block_size: rng.pick(&[1, 2, 3, 4, 8, 16]),
-        num_blocks: rng.between(8, 96),
+        num_pages: rng.between(8, 96),
         max_num_seqs,
         max_num_batched_tokens: max_num_seqs + rng.between(0, 40),
         max_loras: rng.between(1, 4),
+        adapter_pages_per_step: rng.between(1, 60),
+        max_loading: rng.between(1, 4),
+        lookahead: rng.between(1, 20),
+        block_micros: rng.between(0, 20_000) as u64,
         max_waiting: rng.between(4, 40),
+        max_waiting_per_tenant: rng.between(2, 40),
         prefix_cache: !rng.chance(0.15),
         long_prefill_chunk: rng.between(1, 24),
         starvation_micros: rng.between(50, 3_000) as u64,
@@ -75,7 +83,14 @@ fn any_traffic(rng: &mut Rng) -> Traffic {
     Traffic {
         steps: 300,
         tenants: rng.between(1, 4),
-        generations: rng.between(0, 5),
+        adapters: rng.between(0, 8),
+        adapter_pages: rng.between(1, 3),
+        zipf: rng.chance(0.5),
+        load_failures: rng.pick(&[0.0, 0.02, 0.2]),
+        load_steps: rng.between(0, 20),
+        registrations: rng.pick(&[0.0, 0.02, 0.2]),
+        pins: rng.pick(&[0.0, 0.02]),
+        rated: rng.pick(&[0, 0, 1]),
         prefixes: rng.between(1, 4),
         arrivals: rng.pick(&[0.05, 0.3, 1.0, 2.0]),
         aborts: rng.pick(&[0.0, 0.02, 0.2]),
@@ -103,7 +118,7 @@ fn tiny_pools_preempt_and_still_finish_everything() {
     let totals = simulate("tiny_pools_preempt", 300, |rng| {
         let config = SchedulerConfig {
             block_size: rng.between(1, 4),
-            num_blocks: rng.between(2, 10),
+            num_pages: rng.between(2, 10),
             prefix_cache: rng.chance(0.7),
             ..any_config(rng)
         };
@@ -111,6 +126,8 @@ fn tiny_pools_preempt_and_still_finish_everything() {
             aborts: 0.01,
             deadlines: 0.02,
             arrivals: 1.0,
+            adapters: rng.between(0, 1),
+            rated: 0,
             prompt_max: 12,
             answer_max: 24,
             ..any_traffic(rng)
@@ -126,10 +143,39 @@ fn tiny_pools_preempt_and_still_finish_everything() {
 fn few_adapter_places_serve_many_adapters() {
     let totals = simulate("few_adapter_places", 150, |rng| {
         let config = SchedulerConfig { max_loras: rng.between(1, 2), starvation_micros: 300, ..any_config(rng) };
-        (config, Traffic { generations: 12, arrivals: 1.0, aborts: 0.02, ..any_traffic(rng) })
+        (config, Traffic { adapters: 12, arrivals: 1.0, aborts: 0.02, ..any_traffic(rng) })
     });
     if ran_all_seeds() {
         assert!(totals.finished > 3_000, "{totals:?}");
+    }
+}
+
+#[test]
+fn adapters_of_any_size_come_and_go_in_a_pool_that_holds_few() {
+    let totals = simulate("adapters_of_any_size", 250, |rng| {
+        let num_pages = rng.between(6, 48);
+        let config = SchedulerConfig {
+            num_pages,
+            block_size: rng.between(1, 8),
+            max_loras: rng.between(1, 6),
+            starvation_micros: rng.between(50, 600) as u64,
+            ..any_config(rng)
+        };
+        let traffic = Traffic {
+            adapters: rng.between(4, 40),
+            adapter_pages: num_pages / 3,
+            arrivals: rng.pick(&[0.3, 1.0]),
+            aborts: 0.02,
+            pins: rng.pick(&[0.0, 0.05]),
+            prompt_max: rng.between(1, 24),
+            answer_max: rng.between(1, 16),
+            ..any_traffic(rng)
+        };
+        (config, traffic)
+    });
+    if ran_all_seeds() {
+        assert!(totals.finished > 10_000 && totals.failed > 500 && totals.preempted > 500, "{totals:?}");
+        assert!(totals.loads > 10_000 && totals.evictions > 5_000 && totals.throttled > 1_000, "{totals:?}");
     }
 }
 

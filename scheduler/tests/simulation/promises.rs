@@ -2,35 +2,37 @@
 
 use std::collections::BTreeMap;
 
-use openlora_scheduler::{NewSequence, Scheduler, SchedulerConfig, SequenceResult, StepPlan, SubmitError};
+use openlora_scheduler::{AdapterNeed, NewSequence, Scheduler, SchedulerConfig, SequenceResult, StepPlan, SubmitError};
 use openlora_types::{Classify, Fault, Generation, Priority, SequenceId, TenantId, Time, Token};
 
 use crate::rng::Rng;
 
-/// A scheduler whose model always samples the same token; steps take one microsecond. Sequences end by length.
-struct Rig {
-    scheduler: Scheduler,
-    now: u64,
+/// A scheduler whose model always samples the same token; steps take one microsecond, and loads end with the
+/// step that starts them. Sequences end by length.
+pub(crate) struct Rig {
+    pub(crate) scheduler: Scheduler,
+    pub(crate) now: u64,
     submitted: u64,
 }
 
 impl Rig {
-    fn new(config: SchedulerConfig) -> Self {
+    pub(crate) fn new(config: SchedulerConfig) -> Self {
         Self { scheduler: Scheduler::new(config), now: 0, submitted: 0 }
     }
 
     /// Submits `new(request)`, where `request` is an ordinary one of three tokens in, one out.
-    fn submit(&mut self, change: impl FnOnce(&mut NewSequence)) -> SequenceId {
+    pub(crate) fn submit(&mut self, change: impl FnOnce(&mut NewSequence)) -> SequenceId {
         self.try_submit(change).expect("the request is accepted")
     }
 
-    fn try_submit(&mut self, change: impl FnOnce(&mut NewSequence)) -> Result<SequenceId, SubmitError> {
+    pub(crate) fn try_submit(&mut self, change: impl FnOnce(&mut NewSequence)) -> Result<SequenceId, SubmitError> {
         self.submitted += 1;
         let id = SequenceId(self.submitted);
         let mut new = NewSequence {
             id,
             tenant: TenantId("tenant".into()),
-            generation: None,
+            rate: None,
+            adapter: None,
             cache_salt: String::new(),
             priority: Priority::Normal,
             deadline: None,
@@ -42,14 +44,14 @@ impl Rig {
         self.scheduler.submit(Time(self.now), new).map(|()| id)
     }
 
-    fn plan(&mut self) -> StepPlan {
+    pub(crate) fn plan(&mut self) -> StepPlan {
         self.now += 1;
         let plan = self.scheduler.schedule(Time(self.now));
         self.scheduler.check_invariants();
         plan
     }
 
-    fn finish(&mut self, plan: &StepPlan) {
+    pub(crate) fn finish(&mut self, plan: &StepPlan) {
         let samples = plan.sequences.iter().filter(|sequence| sequence.samples);
         let result = |id| SequenceResult { id, token: Some(7), finished: false };
         let results: Vec<_> = samples.map(|sequence| result(sequence.id)).collect();
@@ -57,20 +59,39 @@ impl Rig {
         self.scheduler.check_invariants();
     }
 
-    fn step(&mut self) -> StepPlan {
+    /// Loads adapters before anything wants them.
+    pub(crate) fn warm<const N: usize>(&mut self, needs: [AdapterNeed; N]) {
+        for need in needs {
+            self.scheduler.pin(need).expect("there is room");
+            let plan = self.plan();
+            self.finish(&plan);
+            self.load(&plan);
+            self.scheduler.unpin(need.generation);
+        }
+    }
+
+    /// Ends the loads of a plan.
+    pub(crate) fn load(&mut self, plan: &StepPlan) {
+        plan.loads.iter().for_each(|load| self.scheduler.adapter_loaded(load.generation));
+        self.scheduler.check_invariants();
+    }
+
+    pub(crate) fn step(&mut self) -> StepPlan {
         let plan = self.plan();
         self.finish(&plan);
+        self.load(&plan);
         plan
     }
 
-    fn drain(&mut self) {
+    pub(crate) fn drain(&mut self) {
         while !self.scheduler.is_idle() {
-            assert!(self.step().total_rows > 0, "nothing is computed");
+            let plan = self.step();
+            assert!(plan.total_rows + plan.loads.len() > 0, "nothing is computed or loaded");
         }
     }
 
     /// Steps, feeding more requests before each, until `id` has ended; how many steps.
-    fn steps_until_done(&mut self, id: SequenceId, mut feed: impl FnMut(&mut Self)) -> u64 {
+    pub(crate) fn steps_until_done(&mut self, id: SequenceId, mut feed: impl FnMut(&mut Self)) -> u64 {
         for step in 0..10_000 {
             if self.scheduler.tokens(id).is_none() {
                 return step;
@@ -82,14 +103,15 @@ impl Rig {
     }
 }
 
-fn generation(n: u8) -> Option<Generation> {
-    Some(Generation([n; 32]))
+/// Adapter `n`, of one page.
+pub(crate) fn adapter(n: u8) -> AdapterNeed {
+    AdapterNeed { generation: Generation([n; 32]), pages: 1, load_micros: 1_000 }
 }
 
-fn small() -> SchedulerConfig {
+pub(crate) fn small() -> SchedulerConfig {
     SchedulerConfig {
         block_size: 4,
-        num_blocks: 64,
+        num_pages: 64,
         max_num_seqs: 8,
         max_num_batched_tokens: 32,
         max_loras: 2,
@@ -109,23 +131,27 @@ fn found_after(prompt: usize, change: impl FnOnce(&mut NewSequence)) -> usize {
     let mut rig = Rig::new(small());
     rig.submit(|new| {
         new.prompt = tokens(prompt);
-        new.generation = generation(1);
+        new.adapter = Some(adapter(1));
     });
     rig.drain();
     rig.submit(|new| {
         new.prompt = tokens(prompt);
-        new.generation = generation(1);
+        new.adapter = Some(adapter(1));
         change(new);
     });
-    rig.step().sequences[0].cached_tokens
+    loop {
+        if let Some(sequence) = rig.step().sequences.first() {
+            return sequence.cached_tokens;
+        }
+    }
 }
 
 #[test]
 fn reload_under_same_alias_never_reuses_kv() {
     assert_eq!(found_after(16, |_| ()), 12);
     // What an alias names after a reload is another generation.
-    assert_eq!(found_after(16, |new| new.generation = generation(2)), 0);
-    assert_eq!(found_after(16, |new| new.generation = None), 0);
+    assert_eq!(found_after(16, |new| new.adapter = Some(adapter(2))), 0);
+    assert_eq!(found_after(16, |new| new.adapter = None), 0);
     assert_eq!(found_after(16, |new| new.tenant = TenantId("other".into())), 0);
     assert_eq!(found_after(16, |new| new.cache_salt = "salt".into()), 0);
     assert_eq!(found_after(16, |new| new.use_prefix_cache = false), 0);
@@ -203,12 +229,15 @@ fn a_long_prompt_never_holds_decoding_sequences_back() {
 fn rows_of_an_adapter_are_neighbours_and_the_base_comes_first() {
     let mut rig = Rig::new(SchedulerConfig { max_loras: 4, ..small() });
     let order = [3, 0, 1, 3, 0, 2, 1];
+    rig.warm([1, 2, 3].map(adapter));
     for n in order {
-        rig.submit(|new| new.generation = (n > 0).then_some(Generation([n; 32])));
+        rig.submit(|new| new.adapter = (n > 0).then_some(adapter(n)));
     }
     let plan = rig.step();
     let ids: Vec<_> = plan.sequences.iter().map(|sequence| sequence.id.0).collect();
-    assert_eq!(ids, [2, 5, 3, 7, 6, 1, 4]);
+    let first = ids.iter().min().expect("seven ran");
+    let places: Vec<_> = ids.iter().map(|id| id - first + 1).collect();
+    assert_eq!(places, [2, 5, 3, 7, 6, 1, 4]);
 }
 
 #[test]
@@ -280,11 +309,12 @@ fn under_lasting_overload_every_request_is_served_within_its_turns() {
 #[test]
 fn a_full_set_of_adapters_holds_only_further_adapters_back() {
     let mut rig = Rig::new(small());
+    rig.warm([1, 2, 3].map(adapter));
     for n in [1, 2] {
-        rig.submit(|new| (new.generation, new.max_tokens) = (generation(n), 20));
+        rig.submit(|new| (new.adapter, new.max_tokens) = (Some(adapter(n)), 20));
     }
-    let blocked = rig.submit(|new| new.generation = generation(3));
-    let active = rig.submit(|new| new.generation = generation(1));
+    let blocked = rig.submit(|new| new.adapter = Some(adapter(3)));
+    let active = rig.submit(|new| new.adapter = Some(adapter(1)));
     let base = rig.submit(|_| ());
     let plan = rig.step();
     let runs = |id| plan.sequences.iter().any(|sequence| sequence.id == id);
@@ -296,8 +326,9 @@ fn a_full_set_of_adapters_holds_only_further_adapters_back() {
 #[test]
 fn streams_for_active_adapters_never_starve_another_adapter() {
     let mut rig = Rig::new(SchedulerConfig { starvation_micros: 50, ..small() });
+    rig.warm([1, 2, 3].map(adapter));
     let submit = |rig: &mut Rig, n: u8, max_tokens| {
-        let _ = rig.try_submit(|new| (new.generation, new.max_tokens) = (generation(n), max_tokens));
+        let _ = rig.try_submit(|new| (new.adapter, new.max_tokens) = (Some(adapter(n)), max_tokens));
     };
     // Eight run, four of each adapter. One ends in every step and the next one of its adapter takes its place.
     (1..=8).for_each(|n| submit(&mut rig, 1 + n % 2, u32::from(n)));
@@ -308,7 +339,7 @@ fn streams_for_active_adapters_never_starve_another_adapter() {
     };
     (0..4).for_each(|_| stream(&mut rig));
     rig.step();
-    let starved = rig.submit(|new| new.generation = generation(3));
+    let starved = rig.submit(|new| new.adapter = Some(adapter(3)));
     let steps = rig.steps_until_done(starved, stream);
     // After 50 µs one of the two adapters drains: its running sequences end within 8 tokens.
     assert!((50..=62).contains(&steps), "{steps} steps");
@@ -317,7 +348,7 @@ fn streams_for_active_adapters_never_starve_another_adapter() {
 
 #[test]
 fn small_requests_never_starve_one_that_needs_the_whole_pool() {
-    let mut rig = Rig::new(SchedulerConfig { num_blocks: 8, starvation_micros: 50, ..small() });
+    let mut rig = Rig::new(SchedulerConfig { num_pages: 8, starvation_micros: 50, ..small() });
     let small = |rig: &mut Rig| {
         let _ = rig.try_submit(|new| new.max_tokens = 3);
     };
@@ -330,7 +361,7 @@ fn small_requests_never_starve_one_that_needs_the_whole_pool() {
 
 #[test]
 fn preempted_sequences_resume_with_their_tokens_and_all_end() {
-    let mut rig = Rig::new(SchedulerConfig { num_blocks: 6, ..small() });
+    let mut rig = Rig::new(SchedulerConfig { num_pages: 6, ..small() });
     let ids = [0, 1, 2].map(|n| rig.submit(|new| (new.prompt, new.max_tokens) = (vec![n; 3], 20)));
     let mut preempted = Vec::new();
     let mut lengths = BTreeMap::new();
@@ -346,12 +377,12 @@ fn preempted_sequences_resume_with_their_tokens_and_all_end() {
     }
     assert!(!preempted.is_empty() && !preempted.contains(&ids[0]), "{preempted:?}");
     let stats = rig.scheduler.stats();
-    assert_eq!((stats.finished_total, stats.blocks_free), (3, 6));
+    assert_eq!((stats.finished_total, stats.pages_free), (3, 6));
 }
 
 #[test]
 fn admission_leaves_the_blocks_alone_that_a_running_prompt_still_needs() {
-    let mut rig = Rig::new(SchedulerConfig { num_blocks: 8, ..small() });
+    let mut rig = Rig::new(SchedulerConfig { num_pages: 8, ..small() });
     let first = rig.submit(|new| new.prompt = vec![5; 20]);
     let second = rig.submit(|new| new.prompt = vec![6; 16]);
     // The first one's first chunk takes two of the eight blocks; the second would fit beside it, but not beside its end.
@@ -366,7 +397,7 @@ fn admission_leaves_the_blocks_alone_that_a_running_prompt_still_needs() {
 
 #[test]
 fn the_lowest_priority_loses_its_blocks_first() {
-    let mut rig = Rig::new(SchedulerConfig { num_blocks: 6, prefix_cache: false, ..small() });
+    let mut rig = Rig::new(SchedulerConfig { num_pages: 6, prefix_cache: false, ..small() });
     let mut submit =
         |n, priority| rig.submit(|new| (new.prompt, new.max_tokens, new.priority) = (vec![n; 3], 20, priority));
     let (low, high) = (submit(0, Priority::Low), submit(1, Priority::High));
@@ -380,9 +411,9 @@ fn the_lowest_priority_loses_its_blocks_first() {
 #[test]
 fn a_tenant_that_sends_ten_times_more_gets_no_more_service() {
     let config =
-        SchedulerConfig { num_blocks: 32, max_num_seqs: 4, max_waiting: 200, starvation_micros: 100, ..small() };
+        SchedulerConfig { num_pages: 32, max_num_seqs: 4, max_waiting: 200, starvation_micros: 100, ..small() };
     let (input, output) = (config.input_weight as i64, config.output_weight as i64);
-    let pool = (config.num_blocks * config.block_size) as i64;
+    let pool = (config.num_pages * config.block_size) as i64;
     let (mut rig, mut rng) = (Rig::new(config), Rng::new(7));
     let mut owner = BTreeMap::new();
     let mut service = [0_i64; 2];
@@ -418,7 +449,7 @@ fn a_tenant_that_sends_ten_times_more_gets_no_more_service() {
 
 #[test]
 fn requests_that_cannot_be_served_are_refused_by_name() {
-    let mut rig = Rig::new(SchedulerConfig { num_blocks: 4, max_waiting: 2, ..small() });
+    let mut rig = Rig::new(SchedulerConfig { num_pages: 4, max_waiting: 2, ..small() });
     let error = rig.try_submit(|new| new.max_tokens = 14).expect_err("17 tokens, 16 places");
     assert_eq!(error, SubmitError::TooLong { tokens: 17, max: 16 });
     assert_eq!((error.is_retryable(), error.fault()), (false, Fault::Client));
@@ -440,7 +471,7 @@ fn requests_that_cannot_be_served_are_refused_by_name() {
 fn an_abort_frees_at_once_whatever_the_sequence_was_doing() {
     let long = |rig: &mut Rig| rig.submit(|new| (new.prompt, new.max_tokens) = (tokens(20), 20));
     let free =
-        |rig: &Rig| (rig.scheduler.stats().blocks_free, rig.scheduler.stats().running, rig.scheduler.stats().waiting);
+        |rig: &Rig| (rig.scheduler.stats().pages_free, rig.scheduler.stats().running, rig.scheduler.stats().waiting);
     let mut rig = Rig::new(small());
     let waiting = long(&mut rig);
     assert!(rig.scheduler.abort(waiting));
@@ -472,7 +503,7 @@ fn a_deadline_ends_a_sequence_in_the_first_step_after_it() {
     let plan = rig.step();
     assert_eq!((plan.expired.as_slice(), plan.total_rows), ([running].as_slice(), 0));
     assert!(rig.scheduler.is_idle());
-    assert_eq!(rig.scheduler.stats().blocks_free, 64);
+    assert_eq!(rig.scheduler.stats().pages_free, 64);
 }
 
 #[test]

@@ -1,13 +1,15 @@
-//! Clients, a clock and a model around one scheduler, with books of their own to check it against.
+//! Clients, a clock, a model and a loader around one scheduler, with books of their own to check it against.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use openlora_scheduler::{
-    NewSequence, ScheduledSequence, Scheduler, SchedulerConfig, SequenceResult, StepPlan, SubmitError,
+    AdapterNeed, NewSequence, Rate, ScheduledSequence, Scheduler, SchedulerConfig, SequenceResult, StepPlan,
+    SubmitError,
 };
 use openlora_types::{Generation, Priority, SequenceId, TenantId, Time, Token};
 
+use crate::device::Device;
 use crate::rng::{Rng, mix};
 
 /// Small, so that prompts often coincide by chance as well.
@@ -19,8 +21,22 @@ pub(crate) struct Traffic {
     /// Steps with arrivals; then everything still live is served to its end.
     pub(crate) steps: usize,
     pub(crate) tenants: usize,
-    /// Adapters that requests name, besides the base model.
-    pub(crate) generations: usize,
+    /// Adapter names that requests use, besides the base model.
+    pub(crate) adapters: usize,
+    /// Pages of the largest adapter.
+    pub(crate) adapter_pages: usize,
+    /// Whether the n-th adapter is named 1/n as often as the first one, or all equally often.
+    pub(crate) zipf: bool,
+    /// Chance that a load fails.
+    pub(crate) load_failures: f64,
+    /// Steps that a load takes at most.
+    pub(crate) load_steps: usize,
+    /// Chance per step that a name gets another generation.
+    pub(crate) registrations: f64,
+    /// Chance per step that an adapter is pinned or unpinned.
+    pub(crate) pins: f64,
+    /// Of the tenants, those with a rate.
+    pub(crate) rated: usize,
     /// Beginnings that prompts share.
     pub(crate) prefixes: usize,
     /// Requests per step, on average.
@@ -44,6 +60,11 @@ pub(crate) struct Totals {
     pub(crate) aborted_in_flight: u64,
     pub(crate) preempted: u64,
     pub(crate) hits: u64,
+    pub(crate) failed: u64,
+    pub(crate) loads: u64,
+    pub(crate) evictions: u64,
+    /// Steps in which a tenant with an empty bucket waited.
+    pub(crate) throttled: u64,
 }
 
 impl Totals {
@@ -56,6 +77,10 @@ impl Totals {
         self.aborted_in_flight += other.aborted_in_flight;
         self.preempted += other.preempted;
         self.hits += other.hits;
+        self.failed += other.failed;
+        self.loads += other.loads;
+        self.evictions += other.evictions;
+        self.throttled += other.throttled;
     }
 }
 
@@ -74,6 +99,10 @@ struct Request {
 }
 
 impl Request {
+    fn generation(&self) -> Option<Generation> {
+        self.new.adapter.map(|need| need.generation)
+    }
+
     fn tokens_max(&self) -> usize {
         self.new.prompt.len() + self.new.max_tokens as usize
     }
@@ -94,7 +123,7 @@ impl Request {
 /// would not, so that sharing across them shows as well.
 fn kv_root(new: &NewSequence) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (new.generation, &new.tenant, &new.cache_salt).hash(&mut hasher);
+    (new.adapter.map(|need| need.generation), &new.tenant, &new.cache_salt).hash(&mut hasher);
     hasher.finish()
 }
 
@@ -107,8 +136,12 @@ pub(crate) struct World {
     step: usize,
     plan: StepPlan,
     live: BTreeMap<SequenceId, Request>,
-    /// What was written last into each slot of each block.
-    kv: Vec<u64>,
+    device: Device,
+    /// What each adapter name means now.
+    names: Vec<AdapterNeed>,
+    registrations: u64,
+    /// Millionths of a token in the bucket of each tenant, and its rate.
+    buckets: BTreeMap<TenantId, (Rate, i128)>,
     /// By priority: when a sequence of it was last admitted, or began to wait where none had.
     served: [Time; 3],
     submitted: u64,
@@ -120,7 +153,10 @@ impl World {
     pub(crate) fn new(config: SchedulerConfig, traffic: Traffic, rng: Rng) -> Self {
         Self {
             scheduler: Scheduler::new(config.clone()),
-            kv: vec![0; config.num_blocks * config.block_size],
+            device: Device::new(&config, traffic.load_steps),
+            names: Vec::new(),
+            registrations: 0,
+            buckets: BTreeMap::new(),
             config,
             traffic,
             rng,
@@ -142,6 +178,10 @@ impl World {
 
     /// Traffic, then silence until all is served. At the end every block is free.
     pub(crate) fn run(&mut self) {
+        for _ in 0..self.traffic.adapters {
+            let need = self.any_need();
+            self.names.push(need);
+        }
         for _ in 0..self.traffic.steps {
             let arrivals = self.traffic.arrivals;
             let burst = arrivals as usize + usize::from(self.rng.chance(arrivals.fract()));
@@ -150,21 +190,31 @@ impl World {
             }
             self.one_step();
         }
-        // Every step gives a row to the best-ranked sequence, which is never preempted.
+        // Every step gives a row to the best-ranked sequence, which is never preempted, or waits for a load that brings one
+        // nearer to its first, or for a bucket.
         let work: usize = self.live.values().map(Request::tokens_max).sum();
-        let last = self.step + 2 * work;
+        let bound = 2 * work * (self.traffic.load_steps + 2);
+        let last = self.step + bound;
         while !self.live.is_empty() {
             assert!(
                 self.step <= last,
-                "{} requests are not served {} steps after the last arrival",
-                self.live.len(),
-                2 * work
+                "{} requests are not served {bound} steps after the last arrival",
+                self.live.len()
             );
             self.one_step();
         }
-        assert!(self.scheduler.is_idle(), "the scheduler keeps sequences that ended");
+        while !self.scheduler.is_idle() || self.device.loading() > 0 {
+            assert!(
+                self.step <= last + 100 + 2 * self.traffic.load_steps * self.device.pinned.len(),
+                "a pin never loads"
+            );
+            self.one_step();
+        }
         let stats = self.scheduler.stats();
-        assert_eq!(stats.blocks_free, stats.blocks_total, "blocks leaked");
+        assert_eq!(stats.pages_free + stats.adapter_pages, stats.pages_total, "pages leaked");
+        let moved = (stats.loads_total, stats.adapter_evictions_total, stats.failed_total);
+        assert_eq!(moved, (self.device.loads, self.device.evictions, self.totals.failed), "adapter totals");
+        (self.totals.loads, self.totals.evictions) = (self.device.loads, self.device.evictions);
         let counted = (stats.finished_total, stats.expired_total, stats.aborted_total, stats.preemptions_total);
         let Totals { finished, expired, aborted_waiting, aborted_running, aborted_in_flight, preempted, .. } =
             self.totals;
@@ -175,14 +225,18 @@ impl World {
 
     fn one_step(&mut self) {
         self.step += 1;
-        self.now = self.now.after_micros(self.rng.between(0, 20) as u64);
+        let micros = self.rng.between(0, 20) as u64;
+        self.pass_time(self.now.after_micros(micros));
         self.maybe_abort(false);
+        self.maybe_register();
+        self.end_loads();
 
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.schedule_into(self.now, &mut plan);
         self.check_plan(&plan);
         plan.sequences.iter().for_each(|s| (s.id, s.start, s.rows, s.cached_tokens).hash(&mut self.trace));
         (&plan.block_tables, &plan.preempted, &plan.expired).hash(&mut self.trace);
+        (&plan.evicted, &plan.load_pages, plan.wake_at).hash(&mut self.trace);
         self.scheduler.check_invariants();
 
         // Cancels and arrivals do not wait for the model.
@@ -190,6 +244,7 @@ impl World {
         if self.step <= self.traffic.steps && self.rng.chance(0.1) {
             self.submit_any();
         }
+        self.end_loads();
         let mut results = self.compute(&plan);
         self.maybe_abort(true);
         self.rng.shuffle(&mut results);
@@ -197,7 +252,113 @@ impl World {
         self.apply(&plan, &results);
         self.scheduler.check_invariants();
         self.check_books();
+        if plan.sequences.is_empty() && self.device.loading() == 0 && self.step > self.traffic.steps {
+            plan.wake_at.into_iter().for_each(|at| self.pass_time(at));
+        }
         self.plan = plan;
+    }
+
+    fn pass_time(&mut self, now: Time) {
+        let micros = i128::from(now.since_micros(self.now));
+        for (rate, balance) in self.buckets.values_mut() {
+            let full = i128::from(rate.burst) * 1_000_000;
+            *balance = (*balance + micros * i128::from(rate.tokens_per_second)).min(full);
+        }
+        self.now = now;
+    }
+
+    // ---- adapters
+
+    fn any_need(&mut self) -> AdapterNeed {
+        self.registrations += 1;
+        let mut generation = Generation([0; 32]);
+        generation.0[..8].copy_from_slice(&mix(self.registrations).to_le_bytes());
+        let pages = self.rng.between(1, self.traffic.adapter_pages);
+        let need = AdapterNeed { generation, pages, load_micros: self.rng.between(0, 50_000) as u64 };
+        self.device.needs.insert(generation, need);
+        need
+    }
+
+    /// The n-th name, and rarely what a name meant before.
+    fn any_adapter(&mut self) -> AdapterNeed {
+        let names = self.names.len();
+        let (mut nth, mut weight) = (self.rng.between(0, names - 1), 0.0);
+        let total: f64 = (1..=names).map(|n| 1.0 / n as f64).sum();
+        let draw = self.rng.between(0, 1_000_000) as f64 / 1_000_000.0 * total;
+        if self.traffic.zipf {
+            let reached = |n: &usize| {
+                weight += 1.0 / (n + 1) as f64;
+                weight >= draw
+            };
+            nth = (0..names).find(reached).unwrap_or(names - 1);
+        }
+        self.names[nth]
+    }
+
+    fn maybe_register(&mut self) {
+        if self.names.is_empty() {
+            return;
+        }
+        if self.rng.chance(self.traffic.registrations) {
+            let need = self.any_need();
+            let at = self.rng.between(0, self.names.len() - 1);
+            self.names[at] = need;
+        }
+        if self.rng.chance(self.traffic.pins) {
+            let unpinned = self.device.pinned.iter().next().copied().filter(|_| self.rng.chance(0.5));
+            if let Some(generation) = unpinned {
+                assert!(self.scheduler.unpin(generation), "{generation:?} is pinned");
+                assert!(!self.scheduler.unpin(generation), "{generation:?} is pinned twice");
+                self.device.pinned.remove(&generation);
+            } else {
+                self.pin_any();
+            }
+            self.scheduler.check_invariants();
+        }
+    }
+
+    fn pin_any(&mut self) {
+        let need = self.any_adapter();
+        let own = Some(need.generation);
+        let blocks = |request: &Request| request.tokens_max().div_ceil(self.config.block_size);
+        // What each live request needs beside pinned adapters.
+        let alone = |request: &Request| {
+            let unpinned = request.new.adapter.filter(|need| !self.device.pinned.contains(&need.generation));
+            blocks(request) + unpinned.filter(|need| Some(need.generation) != own).map_or(0, |need| need.pages)
+        };
+        let live = self.live.values().map(alone).max().unwrap_or(0);
+        let pinned = self.device.pinned_pages(own.as_ref());
+        match self.scheduler.pin(need) {
+            Ok(()) => {
+                assert!(pinned + need.pages + live <= self.config.num_pages, "a pin takes what a live sequence needs");
+                self.device.pinned.insert(need.generation);
+            }
+            Err(SubmitError::NoRoomForPin { pinned: told, loading, live: most, .. }) => {
+                assert_eq!((told, most), (pinned, live));
+                assert!(told + need.pages + most + loading > self.config.num_pages, "the pin fits");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Loads that end now: most succeed; the others end exactly the requests that wait for them.
+    fn end_loads(&mut self) {
+        while let Some(generation) = self.device.finished_load(self.step) {
+            self.device.arrive(&generation);
+            if !self.rng.chance(self.traffic.load_failures) {
+                self.scheduler.adapter_loaded(generation);
+                continue;
+            }
+            self.device.drop_adapter(&generation);
+            self.device.pinned.remove(&generation);
+            let ended = self.scheduler.adapter_failed(generation);
+            let waits = |request: &Request| request.generation() == Some(generation);
+            let waiting: Vec<_> = self.live.iter().filter(|(_, request)| waits(request)).map(|(id, _)| *id).collect();
+            assert_eq!(ended, waiting, "a failed load ends who waits for it");
+            self.live.retain(|id, _| !ended.contains(id));
+            self.totals.failed += ended.len() as u64;
+            self.scheduler.check_invariants();
+        }
     }
 
     // ---- what comes in
@@ -206,10 +367,22 @@ impl World {
         let new = self.any_request();
         let tokens = new.prompt.len() + new.max_tokens as usize;
         let waiting = self.live.values().filter(|request| request.computed.is_none()).count();
-        let (pool, max) = (self.config.num_blocks * self.config.block_size, self.config.max_waiting);
+        let (pool, max) = (self.config.num_pages * self.config.block_size, self.config.max_waiting);
+        let own = new.adapter.map(|need| need.generation);
+        let pages = tokens.div_ceil(self.config.block_size)
+            + new.adapter.map_or(0, |need| need.pages)
+            + self.device.pinned_pages(own.as_ref());
+        let fits = pages <= self.config.num_pages;
+        let of_tenant = |request: &&Request| request.computed.is_none() && request.new.tenant == new.tenant;
+        let share = self.live.values().filter(of_tenant).count();
+        let share_left = share < self.config.max_waiting_per_tenant;
         match self.scheduler.submit(self.now, new.clone()) {
             Ok(()) => {
-                assert!(tokens <= pool && waiting < max, "accepted what must be refused");
+                assert!(fits && waiting < max && share_left, "accepted what must be refused");
+                if let Some(rate) = new.rate {
+                    let full = (rate, i128::from(rate.burst) * 1_000_000);
+                    self.buckets.entry(new.tenant.clone()).or_insert(full);
+                }
                 let mut request = Request {
                     new,
                     arrival: self.now,
@@ -223,13 +396,17 @@ impl World {
                 self.live.insert(request.new.id, request);
             }
             Err(SubmitError::TooLong { .. }) => assert!(tokens > pool, "{tokens} tokens fit a pool of {pool}"),
+            Err(SubmitError::TooManyPages { .. }) => assert!(tokens <= pool && !fits, "{pages} pages fit the pool"),
+            Err(SubmitError::TenantQueueFull { waiting, .. }) => assert!(waiting == share && !share_left),
             Err(SubmitError::QueueFull { .. }) => assert!(waiting >= max, "the queue has room: {waiting} of {max}"),
             Err(error) => panic!("{error}"),
         }
-        self.totals.refused += u64::from(tokens > pool || waiting >= max);
+        self.totals.refused += u64::from(!fits || waiting >= max || !share_left);
     }
 
     fn any_request(&mut self) -> NewSequence {
+        let named = !self.names.is_empty() && self.rng.chance(0.8);
+        let adapter = named.then(|| self.any_adapter());
         let rng = &mut self.rng;
         self.submitted += 1;
         let prefix = rng.between(1, self.traffic.prefixes) as u64;
@@ -238,11 +415,13 @@ impl World {
         let shared = (0..shared as u64).map(|i| (mix(mix(prefix) ^ i) % VOCAB) as Token);
         let mut prompt: Vec<_> = shared.collect();
         prompt.extend((0..own).map(|_| (rng.next() % VOCAB) as Token));
-        let generation = rng.between(0, self.traffic.generations);
+        let tenant = rng.between(1, self.traffic.tenants);
+        let rate = Rate { tokens_per_second: 200_000 / tenant as u64, burst: 100 };
         NewSequence {
             id: SequenceId(self.submitted),
-            tenant: TenantId(format!("tenant {}", rng.between(1, self.traffic.tenants))),
-            generation: (generation > 0).then_some(Generation([generation as u8; 32])),
+            tenant: TenantId(format!("tenant {tenant}")),
+            rate: (tenant <= self.traffic.rated).then_some(rate),
+            adapter,
             cache_salt: if rng.chance(0.1) { "salt".into() } else { String::new() },
             priority: rng.pick(&[Priority::Low, Priority::Normal, Priority::Normal, Priority::High]),
             deadline: rng.chance(self.traffic.deadlines).then(|| self.now.after_micros(rng.between(0, 1_500) as u64)),
@@ -275,6 +454,11 @@ impl World {
     fn check_plan(&mut self, plan: &StepPlan) {
         self.check_ended(plan);
         self.check_turns(plan);
+        self.check_rates(plan);
+        let running = self.live.values().filter(|request| request.computed.is_some());
+        let leased = running.filter_map(Request::generation).collect();
+        self.device.follow(plan, &leased, self.step, &mut self.rng);
+        assert!(self.device.loading() <= self.config.max_loading, "more adapters are loading than max_loading");
         let mut scheduled = BTreeSet::new();
         let (mut table_end, mut rows) = (0, 0);
         for sequence in &plan.sequences {
@@ -295,7 +479,15 @@ impl World {
         assert!(running <= self.config.max_num_seqs, "{running} sequences are more than max_num_seqs");
         let generations: BTreeSet<_> = plan.sequences.iter().filter_map(|sequence| sequence.generation).collect();
         assert!(generations.len() <= self.config.max_loras, "{} adapters are more than max_loras", generations.len());
-        assert!(rows > 0 || self.live.is_empty(), "requests are live and nothing is computed");
+        let pages: usize = generations.iter().map(|generation| self.device.needs[generation].pages).sum();
+        let fits = generations.len() <= 1 || pages <= self.config.adapter_pages_per_step;
+        assert!(fits, "{pages} pages of adapters are more than adapter_pages_per_step");
+        assert!(
+            rows > 0 || self.device.loading() > 0 || self.live.values().all(|request| self.is_throttled(&request.new)),
+            "requests are live and nothing is computed or loaded"
+        );
+        assert!(rows == 0 || plan.wake_at.is_none(), "a plan with rows tells when to wake");
+        assert!(plan.wake_at.is_none_or(|at| at > self.now), "a plan asks to be woken in the past");
     }
 
     /// Expired and preempted sequences.
@@ -347,10 +539,12 @@ impl World {
             if !starved(class) || of_class.clone().any(|request| admitted(request)) {
                 continue;
             }
-            let free = |request: &Request| request.new.generation.is_none() && !request.new.use_prefix_cache;
+            let free = |request: &Request| {
+                request.new.adapter.is_none() && !request.new.use_prefix_cache && request.new.rate.is_none()
+            };
             let passed = of_class.find(|request| free(request));
             let other = waiting.iter().find(|request| {
-                admitted(request) && request.new.generation.is_none() && !starved(request.new.priority as usize)
+                admitted(request) && request.new.adapter.is_none() && !starved(request.new.priority as usize)
             });
             if let (Some(passed), Some(other)) = (passed, other) {
                 panic!("{} was admitted before {}, whose priority starves", other.new.id, passed.new.id);
@@ -359,6 +553,32 @@ impl World {
         let served: Vec<_> =
             waiting.iter().filter(|request| admitted(request)).map(|request| request.new.priority).collect();
         served.into_iter().for_each(|priority| self.served[priority as usize] = self.now);
+    }
+
+    fn is_throttled(&self, new: &NewSequence) -> bool {
+        self.buckets.get(&new.tenant).is_some_and(|(_, balance)| *balance < 1_000_000)
+    }
+
+    /// Nothing of a tenant whose bucket is empty is admitted; what is admitted of the others is taken from theirs.
+    fn check_rates(&mut self, plan: &StepPlan) {
+        for sequence in &plan.sequences {
+            let request = &self.live[&sequence.id];
+            assert!(
+                request.computed.is_some() || !self.is_throttled(&request.new),
+                "{} has no tokens left",
+                sequence.id
+            );
+        }
+        let throttled = self.live.values().any(|request| request.computed.is_none() && self.is_throttled(&request.new));
+        self.totals.throttled += u64::from(throttled);
+        for sequence in &plan.sequences {
+            let request = &self.live[&sequence.id];
+            if request.admission.is_none()
+                && let Some((_, balance)) = self.buckets.get_mut(&request.new.tenant)
+            {
+                *balance -= (request.tokens.len() - sequence.cached_tokens) as i128 * 1_000_000;
+            }
+        }
     }
 
     fn check_rows(&mut self, sequence: &ScheduledSequence, table: &[u32]) {
@@ -377,7 +597,9 @@ impl World {
             assert_eq!(sequence.cached_tokens, 0, "{id} found a prefix while it ran");
         }
         assert_eq!(Some(sequence.start), request.computed, "{id} starts where it stopped");
-        assert_eq!(sequence.generation, request.new.generation, "{id} runs under its adapter");
+        assert_eq!(sequence.generation, request.generation(), "{id} runs under its adapter");
+        let there = sequence.generation.is_none_or(|generation| self.device.is_resident(&generation));
+        assert!(there, "{id} runs without its adapter");
         let end = sequence.start + sequence.rows;
         assert!(sequence.rows > 0 && end <= request.tokens.len(), "{id} has rows {}..{end}", sequence.start);
         assert_eq!(sequence.samples, end == request.tokens.len(), "{id} samples from its last token alone");
@@ -386,7 +608,7 @@ impl World {
         let distinct: BTreeSet<_> = table.iter().collect();
         assert_eq!(distinct.len(), table.len(), "{id} lists a block twice");
         assert!(
-            table.iter().all(|&block| (block as usize) < self.config.num_blocks),
+            table.iter().all(|&block| (block as usize) < self.config.num_pages),
             "{id} lists a block outside the pool"
         );
     }
@@ -398,7 +620,7 @@ impl World {
     fn compute(&mut self, plan: &StepPlan) -> Vec<SequenceResult> {
         let block_size = self.config.block_size;
         let slot = |table: &[u32], at: usize| table[at / block_size] as usize * block_size + at % block_size;
-        let mut holders = vec![0_u32; self.config.num_blocks];
+        let mut holders = vec![0_u32; self.config.num_pages];
         plan.block_tables.iter().for_each(|&block| holders[block as usize] += 1);
         for sequence in &plan.sequences {
             let table = plan.table(sequence);
@@ -406,9 +628,12 @@ impl World {
                 let block = table[at / block_size] as usize;
                 assert_eq!(holders[block], 1, "{} writes into block {block}, which others read", sequence.id);
                 // An aborted sequence's rows are still written; nobody may ever read them.
-                self.kv[slot(table, at)] = self.live.get(&sequence.id).map_or(u64::MAX, |request| request.kv[at]);
+                self.device.words[slot(table, at)] =
+                    self.live.get(&sequence.id).map_or(u64::MAX, |request| request.kv[at]);
             }
         }
+        let generations: BTreeSet<_> = plan.sequences.iter().filter_map(|sequence| sequence.generation).collect();
+        generations.iter().for_each(|generation| self.device.check(generation));
         let mut results = Vec::new();
         for sequence in &plan.sequences {
             let Some(request) = self.live.get(&sequence.id) else {
@@ -418,7 +643,7 @@ impl World {
             let table = plan.table(sequence);
             let end = sequence.start + sequence.rows;
             for at in 0..end {
-                let read = self.kv[slot(table, at)];
+                let read = self.device.words[slot(table, at)];
                 assert_eq!(read, request.kv[at], "{} reads foreign or missing KV at position {at}", sequence.id);
             }
             if sequence.samples {
@@ -447,6 +672,9 @@ impl World {
             let Some(request) = self.live.get_mut(&result.id) else { continue };
             if let Some(token) = result.token {
                 request.push(token);
+                if let Some((_, balance)) = self.buckets.get_mut(&request.new.tenant) {
+                    *balance -= 1_000_000;
+                }
             }
             if result.finished || request.tokens.len() == request.tokens_max() {
                 self.live.remove(&result.id);
@@ -461,6 +689,10 @@ impl World {
         let stats = self.scheduler.stats();
         let running = self.live.values().filter(|request| request.computed.is_some()).count();
         assert_eq!((stats.running, stats.waiting), (running, self.live.len() - running), "running and waiting");
+        let adapters = (stats.adapters_loading, stats.adapters_resident, stats.adapters_pinned, stats.adapter_pages);
+        let Device { pinned, .. } = &self.device;
+        let expected = (self.device.loading(), self.device.resident(), pinned.len(), self.device.pages());
+        assert_eq!(adapters, expected, "adapters loading, resident and pinned, and their pages");
         for (id, request) in &self.live {
             assert_eq!(self.scheduler.tokens(*id), Some(request.tokens.as_slice()), "tokens of {id}");
         }
