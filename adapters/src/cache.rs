@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use openlora_types::{AdapterWeights, Generation, Limits};
+use openlora_types::{AdapterSizes, AdapterWeights, Generation, Limits};
 
 use crate::error::AdapterError;
 
@@ -26,14 +26,33 @@ const KIB: u64 = 1024;
 /// the cache or the files. Clone it for each holder; each is counted.
 pub struct Lease {
     weights: Arc<AdapterWeights>,
+    sizes: Arc<AdapterSizes>,
     hold: Hold,
 }
 
 impl Lease {
+    fn new(weights: Arc<AdapterWeights>, hold: Hold) -> Self {
+        Self { sizes: Arc::new(weights.sizes()), weights, hold }
+    }
+
+    /// The weights.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is not what was registered.
+    pub fn load(&self) -> Result<Arc<AdapterWeights>, AdapterError> {
+        Ok(Arc::clone(&self.weights))
+    }
+
     /// The weights.
     #[must_use]
     pub fn weights(&self) -> &Arc<AdapterWeights> {
         &self.weights
+    }
+
+    /// What they need of a device.
+    #[must_use]
+    pub fn sizes(&self) -> &Arc<AdapterSizes> {
+        &self.sizes
     }
 
     /// Their identity.
@@ -47,7 +66,7 @@ impl Clone for Lease {
     fn clone(&self) -> Self {
         self.hold.held.lock().entry(self.hold.generation).leases += 1;
         let hold = Hold { held: Arc::clone(&self.hold.held), generation: self.hold.generation };
-        Self { weights: Arc::clone(&self.weights), hold }
+        Self { weights: Arc::clone(&self.weights), sizes: Arc::clone(&self.sizes), hold }
     }
 }
 
@@ -199,7 +218,7 @@ impl HostCache {
             self.hits.fetch_add(1, Ordering::Relaxed);
             // Tells the cache's popularity counters, and puts the weights back where they were evicted.
             let _cached = self.kept.get_with(generation, || Arc::clone(&weights));
-            return Ok(Lease { weights, hold });
+            return Ok(Lease::new(weights, hold));
         }
         let mut was_read = false;
         let loaded = self.kept.try_get_with(generation, || {
@@ -217,7 +236,7 @@ impl HostCache {
         })?;
         // Two loads may have followed each other when the cache dropped the first at once: the first one stays.
         let weights = Arc::clone(self.held.lock().entry(generation).weights.get_or_insert(weights));
-        Ok(Lease { weights, hold })
+        Ok(Lease::new(weights, hold))
     }
 
     /// Keeps the leased generation in memory after its leases.
