@@ -69,7 +69,7 @@ pub trait Backend: Send + Sync + 'static {
     /// A factor that does not fit such pages.
     fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> Result<usize, KernelError>;
 
-    /// Bytes an adapter really uses on the device; its last page may be larger.
+    /// Bytes an adapter uses on the device, without the unused ends of its pages.
     fn adapter_bytes(&self, adapter: &Self::Adapter) -> usize;
 
     /// Allocates a pool of `pages` pages, numbered from 0, all of them free. A page holds the keys and values of

@@ -113,13 +113,13 @@ impl CpuAdapter {
         self.pages.check()
     }
 
-    /// A's rows of one of this adapter's sites, `[rank][inputs]`; `T` as [`Self::precision`] says.
+    /// A's rows of one of this adapter's sites, `[rank][inputs]`; `T` is the precision's element.
     #[inline(always)]
     pub(in super::super) fn a<'a, T: Element>(&'a self, site: &'a SiteFactors) -> Rows<'a, T> {
         Rows::new(&self.pages, &site.a)
     }
 
-    /// B's transposed rows of one of this adapter's sites, `[rank][outputs]`; `T` as [`Self::precision`] says.
+    /// B's transposed rows of one of this adapter's sites, `[rank][outputs]`; `T` is the precision's element.
     #[inline(always)]
     pub(in super::super) fn b<'a, T: Element>(&'a self, site: &'a SiteFactors) -> Rows<'a, T> {
         Rows::new(&self.pages, &site.b)

@@ -240,7 +240,10 @@ mod tests {
         for (inputs, factor) in [(33, "factor A"), (usize::MAX, "factor A"), (3, "factor B")] {
             let error =
                 Placement::new(&sizes(&[(2, 32, 32), (2, inputs, 40)]), 64, 2).expect_err("too long").to_string();
-            assert!(error.contains("layers.1") && error.contains(factor) && error.contains("page of the pool has 64"), "{error}");
+            assert!(
+                error.contains("layers.1") && error.contains(factor) && error.contains("page of the pool has 64"),
+                "{error}"
+            );
         }
     }
 }
