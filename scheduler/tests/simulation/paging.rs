@@ -129,6 +129,19 @@ fn what_is_cheap_to_get_back_for_its_pages_goes_first() {
 }
 
 #[test]
+fn what_is_not_used_grows_worthless_however_costly_it_was() {
+    let mut rig = Rig::new(SchedulerConfig { num_pages: 4, ..small() });
+    let mut gone = Vec::new();
+    // 301 µs a page against 100: each eviction of a cheap one makes the next cheap one worth 100 more.
+    for (n, load_micros) in [(1, 602), (2, 200), (3, 200), (4, 200), (5, 200), (6, 200)] {
+        rig.scheduler.pin(AdapterNeed { load_micros, ..sized(n, 2) }).expect("there is room");
+        gone.extend(evicted(&rig.step()));
+        rig.scheduler.unpin(adapter(n).generation);
+    }
+    assert_eq!(gone, [2, 3, 4, 1]);
+}
+
+#[test]
 fn blocks_and_adapters_are_compared_by_value_and_age() {
     // One adapter of one page and one cached block of a base prompt, the older first; a block costs 500 µs.
     for (load_micros, block_first) in [(100, false), (1_000, true)] {
@@ -187,6 +200,18 @@ fn a_growing_sequence_takes_idle_pages_before_it_preempts_anybody() {
     rig.drain();
     let stats = rig.scheduler.stats();
     assert_eq!((stats.adapter_evictions_total, stats.preemptions_total), (2, 0));
+}
+
+#[test]
+fn a_load_leaves_the_pages_alone_that_running_prompts_still_need() {
+    let mut rig = Rig::new(SchedulerConfig { num_pages: 14, ..small() });
+    let prompts = [5, 6].map(|token| rig.submit(|new| new.prompt = vec![token; 20]));
+    let cold = rig.submit(|new| new.adapter = Some(sized(1, 5)));
+    // Their first chunks leave ten pages, of which they will take six more.
+    let plan = rig.step();
+    assert!(prompts.iter().all(|id| runs(&plan, *id)) && plan.loads.is_empty());
+    rig.steps_until_done(cold, |_| ());
+    assert_eq!(rig.scheduler.stats().preemptions_total, 0);
 }
 
 #[test]
