@@ -321,6 +321,37 @@ fn a_stream_of_small_adapters_never_starves_a_large_one() {
 }
 
 #[test]
+fn a_stream_of_loads_never_starves_a_sequence_that_needs_many_blocks() {
+    let mut rig = Rig::new(SchedulerConfig { num_pages: 16, ..small() });
+    let (mut loading, mut clients) = (BTreeMap::new(), BTreeMap::new());
+    let mut large = None;
+    for step in 0..200_u64 {
+        // Each load takes three steps, the next one is always there to follow, and nobody waits for its end.
+        let need = sized(10 + (step % 40) as u8, 3);
+        if let Ok(id) = rig.try_submit(|new| new.adapter = Some(need)) {
+            clients.insert(need.generation, id);
+        }
+        if step == 10 {
+            large = Some(rig.submit(|new| new.prompt = vec![9; 50]));
+        }
+        let plan = step_without_loads(&mut rig);
+        loading.extend(plan.loads.iter().map(|load| (load.generation, step + 3)));
+        loading.retain(|generation, until| {
+            if *until <= step {
+                rig.scheduler.adapter_loaded(*generation);
+                rig.scheduler.abort(clients[generation]);
+            }
+            *until > step
+        });
+        if large.is_some_and(|id| rig.scheduler.tokens(id).is_none()) {
+            assert!(step <= 60, "{step} steps");
+            return;
+        }
+    }
+    panic!("it starves");
+}
+
+#[test]
 fn under_lasting_overload_every_adapter_has_its_turn() {
     let (waiting, starvation, load_steps) = (24, 20, 5);
     let config = SchedulerConfig {
