@@ -5,7 +5,7 @@ use std::ops::Range;
 use openlora_types::{Generation, SequenceId, Time, Token};
 
 /// What one step computes, and what moves in and out of the pool before it. The engine drops what is `evicted`, hands the
-/// `loads` to whoever loads, runs the `sequences`  and calls [`Scheduler::update`](crate::Scheduler::update) before asking for
+/// `loads` to whoever loads, runs the `sequences` and calls [`Scheduler::update`](crate::Scheduler::update) before asking for
 /// the next. Reusable: [`Scheduler::schedule_into`](crate::Scheduler::schedule_into) keeps the buffers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StepPlan {
