@@ -55,13 +55,16 @@ impl Precision {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Engine {
     pub(crate) threads: usize,
-    pub(crate) kv_cache_bytes: usize,
+    pub(crate) pool_bytes: usize,
     pub(crate) block_size: usize,
     pub(crate) max_num_seqs: usize,
     pub(crate) max_num_batched_tokens: usize,
     pub(crate) long_prefill_chunk: usize,
     pub(crate) max_loras: usize,
-    pub(crate) adapter_bytes: usize,
+    pub(crate) adapter_bytes_per_step: usize,
+    pub(crate) max_loading: usize,
+    pub(crate) tenant_tokens_per_second: u64,
+    pub(crate) tenant_burst_tokens: u64,
     pub(crate) prefix_cache: bool,
     pub(crate) starvation_ms: u64,
 }

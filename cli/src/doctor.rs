@@ -96,13 +96,12 @@ fn memory(config: &Config) -> Result<String> {
         Precision::F32 => model * 7,
     };
     let needed = weights
-        + config.engine.kv_cache_bytes as u64
-        + config.engine.adapter_bytes as u64
+        + config.engine.pool_bytes as u64
         + config.adapters.host_cache_bytes;
     let mib = |bytes: u64| bytes >> 20;
     if needed > available {
         anyhow::bail!(
-            "the settings may use {} MiB and {} MiB are available; lower engine.kv_cache_bytes, engine.adapter_bytes or \
+            "the settings may use {} MiB and {} MiB are available; lower engine.pool_bytes or \
              adapters.host_cache_bytes",
             mib(needed),
             mib(available)

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use openlora_adapters::{AdapterStore, BaseRows, StoreConfig};
-use openlora_engine::{Engine, EngineConfig, EngineHandle};
+use openlora_engine::{Rate, Engine, EngineConfig, EngineHandle};
 use openlora_kernels::Precision;
 use openlora_kernels::cpu::{Cpu, Isa};
 use openlora_model::{LoadOptions, Model, ModelFiles};
@@ -159,16 +159,22 @@ pub(crate) fn open_model(config: &Config) -> Result<Arc<ModelFiles>> {
 pub(crate) fn engine_config(config: &Config) -> EngineConfig {
     let (engine, limits) = (&config.engine, &config.limits);
     EngineConfig {
-        kv_cache_bytes: engine.kv_cache_bytes,
+        pool_bytes: engine.pool_bytes,
         max_num_seqs: engine.max_num_seqs,
         max_num_batched_tokens: engine.max_num_batched_tokens,
         long_prefill_chunk: engine.long_prefill_chunk,
         max_loras: engine.max_loras,
-        adapter_bytes: engine.adapter_bytes,
+        adapter_bytes_per_step: engine.adapter_bytes_per_step,
+        max_loading: engine.max_loading,
+        tenant_rate: (engine.tenant_tokens_per_second > 0).then_some(Rate {
+            tokens_per_second: engine.tenant_tokens_per_second,
+            burst: engine.tenant_burst_tokens,
+        }),
         prefix_cache: engine.prefix_cache,
         starvation_micros: engine.starvation_ms * 1_000,
         sequence_tokens_max: limits.sequence_tokens_max,
         waiting_requests_max: limits.waiting_requests_max,
+        waiting_requests_per_tenant_max: limits.waiting_requests_per_tenant_max,
         stream_events_max: limits.stream_events_max,
     }
 }

@@ -50,7 +50,7 @@ impl Default for EngineConfig {
             starvation_micros: 5_000_000,
             sequence_tokens_max: limits.sequence_tokens_max,
             waiting_requests_max: limits.waiting_requests_max,
-            waiting_requests_per_tenant_max: limits.waiting_requests_max,
+            waiting_requests_per_tenant_max: limits.waiting_requests_per_tenant_max,
             stream_events_max: limits.stream_events_max,
         }
     }

@@ -4,7 +4,6 @@ use std::time::Duration;
 use openlora_adapters::AdapterError;
 use openlora_kernels::KernelError;
 use openlora_model::ModelError;
-use openlora_scheduler::SubmitError;
 use openlora_types::{Classify, Fault, InvalidField};
 
 /// Why the engine refused or ended a request. Cheap to clone: every sample of a request may be told.
@@ -30,9 +29,18 @@ pub enum EngineError {
     /// The adapter's file cannot be read or is not what was registered.
     #[error(transparent)]
     AdapterFile(Arc<AdapterError>),
-    /// The tenant has as many requests waiting as one may have, or an adapter cannot be pinned: as the scheduler says.
-    #[error("{0}")]
-    Refused(SubmitError),
+    /// The tenant has as many requests waiting as one may have.
+    #[error(
+        "{waiting} requests of this tenant wait already, the limit waiting_requests_per_tenant_max is {max}; retry in {retry_after:?}"
+    )]
+    TenantQueueFull {
+        /// Its requests waiting now.
+        waiting: usize,
+        /// The limit.
+        max: usize,
+        /// When room is likely.
+        retry_after: Duration,
+    },
     /// The deadline passed before the answer was complete.
     #[error("the deadline passed")]
     DeadlineExceeded,
@@ -68,9 +76,8 @@ impl From<KernelError> for EngineError {
 impl Classify for EngineError {
     fn is_retryable(&self) -> bool {
         match self {
-            Self::QueueFull { .. } | Self::SlowReader { .. } | Self::Draining | Self::Dead(_) => true,
+            Self::QueueFull { .. } | Self::TenantQueueFull { .. } | Self::SlowReader { .. } | Self::Draining | Self::Dead(_) => true,
             Self::AdapterFile(error) => error.is_retryable(),
-            Self::Refused(error) => error.is_retryable(),
             _ => false,
         }
     }
@@ -78,7 +85,7 @@ impl Classify for EngineError {
         match self {
             Self::Invalid(_) | Self::Adapter(_) | Self::SlowReader { .. } | Self::DeadlineExceeded => Fault::Client,
             Self::AdapterFile(error) => error.fault(),
-            Self::Refused(error) => error.fault(),
+            Self::TenantQueueFull { .. } => Fault::Client,
             _ => Fault::Server,
         }
     }

@@ -20,4 +20,5 @@ pub use config::EngineConfig;
 pub use engine::Engine;
 pub use error::EngineError;
 pub use handle::{EngineHandle, Event, OutputStream, Submit};
+pub use openlora_scheduler::Rate;
 pub use stats::EngineStats;

@@ -718,7 +718,9 @@ fn refusal(error: SubmitError) -> EngineError {
             EngineError::QueueFull { waiting, max, retry_after: Duration::from_micros(retry_after_micros) }
         }
         SubmitError::Invalid(field) => EngineError::Invalid(field),
-        SubmitError::TenantQueueFull { .. } | SubmitError::NoRoomForPin { .. } => EngineError::Refused(error),
+        SubmitError::TenantQueueFull { waiting, max, retry_after_micros, .. } => {
+            EngineError::TenantQueueFull { waiting, max, retry_after: Duration::from_micros(retry_after_micros) }
+        }
         other => EngineError::Invalid(InvalidField::new("sampling.max_tokens", format!("cannot be served: {other}"))),
     }
 }

@@ -112,7 +112,7 @@ impl Maker {
 
     fn mirrors(&self) -> Result<Vec<Mirror>, ServerError> {
         type Read = fn(&EngineStats, &StoreStats) -> u64;
-        let totals: [(&str, &str, Read); 11] = [
+        let totals: [(&str, &str, Read); 15] = [
             ("openlora_steps_total", "Steps of the engine.", |e, _| e.steps_total),
             ("openlora_step_microseconds_total", "Time spent in steps.", |e, _| e.step_micros_total),
             ("openlora_prompt_tokens_total", "Prompt tokens computed.", |e, _| e.prompt_tokens_total),
@@ -123,6 +123,10 @@ impl Maker {
             }),
             ("openlora_prefix_cache_hits_total", "Prompt tokens found there.", |e, _| e.prefix_hits_total),
             ("openlora_adapter_loads_total", "Adapters copied to the device.", |e, _| e.adapter_loads_total),
+            ("openlora_adapter_load_failures_total", "Loads that failed.", |e, _| e.adapter_load_failures_total),
+            ("openlora_adapter_load_microseconds_total", "Time spent in loads.", |e, _| e.adapter_load_micros_total),
+            ("openlora_adapter_hits_total", "Samples whose adapter was on the device.", |e, _| e.adapter_hits_total),
+            ("openlora_adapter_misses_total", "Samples whose adapter was not.", |e, _| e.adapter_misses_total),
             ("openlora_adapter_evictions_total", "Adapters dropped from the device.", |e, _| e.adapter_evictions_total),
             ("openlora_adapter_cache_hits_total", "Adapters found in the host cache.", |_, s| s.hits),
             ("openlora_adapter_cache_misses_total", "Adapters read from the store.", |_, s| s.misses),
@@ -132,13 +136,16 @@ impl Maker {
 
     fn shown(&self) -> Result<Vec<Shown>, ServerError> {
         type Read = fn(&EngineStats, &StoreStats) -> u64;
-        let states: [(&str, &str, Read); 10] = [
+        let states: [(&str, &str, Read); 13] = [
             ("openlora_sequences_running", "Sequences that hold KV blocks.", |e, _| e.running as u64),
             ("openlora_sequences_waiting", "Sequences in the queue.", |e, _| e.waiting as u64),
-            ("openlora_kv_blocks", "KV blocks there are.", |e, _| e.blocks_total as u64),
-            ("openlora_kv_blocks_free", "KV blocks no sequence holds.", |e, _| e.blocks_free as u64),
+            ("openlora_pages", "Pages of the pool of KV blocks and adapters.", |e, _| e.pages_total as u64),
+            ("openlora_pages_free", "Pages that no sequence and no adapter has.", |e, _| e.pages_free as u64),
             ("openlora_adapters_resident", "Adapters on the device.", |e, _| e.adapters_resident as u64),
-            ("openlora_adapter_bytes_resident", "Their bytes.", |e, _| e.adapter_bytes_resident as u64),
+            ("openlora_adapter_pages", "Pages of adapters on the device and on their way.", |e, _| e.adapter_pages as u64),
+            ("openlora_adapters_loading", "Adapters on their way to the device.", |e, _| e.adapters_loading as u64),
+            ("openlora_adapters_pinned", "Adapters pinned to the device.", |e, _| e.adapters_pinned as u64),
+            ("openlora_page_bytes", "Bytes of a page.", |e, _| e.page_bytes as u64),
             ("openlora_adapters_registered", "Aliases registered.", |_, s| s.registered),
             ("openlora_adapter_cache_bytes", "Bytes of adapters in the host cache.", |_, s| s.cached_bytes),
             ("vllm:num_requests_running", "Sequences being computed (for routers).", |e, _| e.running as u64),
@@ -224,8 +231,8 @@ impl Metrics {
         for shown in &self.shown {
             shown.gauge.set(i64::try_from((shown.read)(engine, store)).unwrap_or(i64::MAX));
         }
-        let used = engine.blocks_total.saturating_sub(engine.blocks_free);
-        self.vllm_kv_usage.set(used as f64 / engine.blocks_total.max(1) as f64);
+        let used = engine.pages_total.saturating_sub(engine.pages_free);
+        self.vllm_kv_usage.set(used as f64 / engine.pages_total.max(1) as f64);
         self.show_live_adapters();
         TextEncoder::new()
             .encode_to_string(&self.registry.gather())
@@ -481,7 +488,7 @@ mod tests {
         let metrics = metrics();
         for total in [5, 5, 9] {
             let stats =
-                EngineStats { generation_tokens_total: total, blocks_total: 4, blocks_free: 3, ..Default::default() };
+                EngineStats { generation_tokens_total: total, pages_total: 4, pages_free: 3, ..Default::default() };
             let text = metrics.render(&stats, &StoreStats::default()).expect("text");
             assert!(text.contains(&format!("\nopenlora_generation_tokens_total {total}\n")), "{text}");
             assert!(text.contains("# TYPE openlora_generation_tokens_total counter"));

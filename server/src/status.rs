@@ -153,9 +153,10 @@ fn engine(error: &EngineError) -> Answer {
         EngineError::QueueFull { max, retry_after, .. } => Answer::new(Code::ResourceExhausted, "QUEUE_FULL", text)
             .quota("waiting_requests_max", max)
             .retry(*retry_after),
-        EngineError::AdapterMemory { max, .. } => Answer::new(Code::ResourceExhausted, "ADAPTER_MEMORY", text)
-            .quota("engine.adapter_bytes", max)
-            .retry(RETRY_AFTER),
+        EngineError::AdapterFile(error) => adapter(error),
+        EngineError::TenantQueueFull { max, retry_after, .. } => Answer::new(Code::ResourceExhausted, "TENANT_QUEUE_FULL", text)
+            .quota("waiting_requests_per_tenant_max", max)
+            .retry(*retry_after),
         EngineError::SlowReader { max } => {
             Answer::new(Code::ResourceExhausted, "SLOW_READER", text).quota("stream_events_max", max)
         }
@@ -278,6 +279,10 @@ mod tests {
         let retry_after = Duration::from_millis(1_500);
         for (error, limit) in [
             (EngineError::QueueFull { waiting: 8, max: 8, retry_after }.into(), "waiting_requests_max"),
+            (
+                EngineError::TenantQueueFull { waiting: 8, max: 8, retry_after }.into(),
+                "waiting_requests_per_tenant_max",
+            ),
             (ServerError::Busy { what: "uploads", limit: "uploads_max", max: 8, retry_after }, "uploads_max"),
         ] {
             let status = status(&error);

@@ -27,6 +27,8 @@ pub struct Limits {
     pub request_id_bytes_max: usize,
     /// Requests waiting for the engine; one more is refused with a time to retry after.
     pub waiting_requests_max: usize,
+    /// Of those, requests of one tenant.
+    pub waiting_requests_per_tenant_max: usize,
     /// Events buffered for one slow reader; one more and the request is aborted.
     pub stream_events_max: usize,
     /// Bytes in one gRPC message.
@@ -87,6 +89,7 @@ impl Default for Limits {
             logit_bias_max: 1_024,
             request_id_bytes_max: 128,
             waiting_requests_max: 1_024,
+            waiting_requests_per_tenant_max: 512,
             stream_events_max: 1_024,
             message_bytes_max: 4 << 20,
             lora_rank_max: 256,

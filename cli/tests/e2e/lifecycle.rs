@@ -112,7 +112,7 @@ async fn a_dropped_stream_gives_its_blocks_back() {
     let began = std::time::Instant::now();
     loop {
         let info = client.server().get_info(GetInfoRequest {}).await.expect("info").into_inner();
-        if info.running_sequences == 0 && info.kv_blocks_free == info.kv_blocks_total {
+        if info.running_sequences == 0 && info.pages_free + info.adapter_pages == info.pages_total {
             break;
         }
         assert!(began.elapsed() < Duration::from_secs(20), "sequences still run: {info:?}");

@@ -145,7 +145,7 @@ fn check(precision: Precision) {
     // Nine requests, three of which draw two samples.
     assert_eq!(tokens, MEASURED * 12);
     let after = bench.state.scheduler.stats();
-    assert!(after.blocks_free < before.blocks_free, "no sequence grew into a new block");
+    assert!(after.pages_free < before.pages_free, "no sequence grew into a new block");
     assert_eq!(counted.count_total, 0, "{} bytes allocated in {MEASURED} steps", counted.bytes_total);
 }
 

@@ -33,7 +33,7 @@ fn a_dropped_stream_frees_blocks_and_adapter_within_a_step_in_every_phase() {
         rig.controls.close();
         let companion = rig.submit(ask(&prompt(1), 60));
         rig.controls.wait_for_step(1);
-        let blocks = rig.stats().blocks_total;
+        let blocks = rig.stats().pages_total;
 
         let lease = Some(rig.lease("all-linear"));
         let mut leaving = rig.submit(Submit { lease, ..ask(&prompt(33), 60) });
@@ -51,7 +51,7 @@ fn a_dropped_stream_frees_blocks_and_adapter_within_a_step_in_every_phase() {
         let stats = rig.stats();
         assert_eq!((stats.running, stats.waiting), (1, 0), "{name}");
         let held = (rig.controls.steps() as usize).div_ceil(16);
-        assert!(blocks - stats.blocks_free <= held, "{name}: {} blocks held", blocks - stats.blocks_free);
+        assert!(blocks - stats.pages_free <= held, "{name}: {} blocks held", blocks - stats.pages_free);
         drop(companion);
         rig.controls.open();
         rig.settle();

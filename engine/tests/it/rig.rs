@@ -25,7 +25,7 @@ pub(crate) fn fixture(path: &str) -> PathBuf {
 pub(crate) struct Setup {
     /// A folder of fixtures/models.
     pub(crate) model: &'static str,
-    /// KV blocks; they stand in place of `config.kv_cache_bytes`.
+    /// KV blocks; they stand in place of `config.pool_bytes`.
     pub(crate) blocks: usize,
     pub(crate) block_size: usize,
     /// Rows of logits computed at once.
@@ -72,7 +72,7 @@ impl Setup {
         let model = Model::load(Arc::clone(&backend), Arc::new(files), &options, &mut |_, _| ()).expect("it loads");
         let model = Arc::new(model);
         let block_bytes = backend.page_bytes(model.attention_spec(), model.layers());
-        let config = EngineConfig { kv_cache_bytes: self.blocks * block_bytes, ..self.config };
+        let config = EngineConfig { pool_bytes: self.blocks * block_bytes, ..self.config };
         let engine = Engine::start(Arc::clone(&model), config)?;
 
         let folder = tempfile::tempdir().expect("temporary folder");
@@ -150,7 +150,7 @@ impl Rig {
     pub(crate) fn settle(&self) {
         eventually("everything is free", || {
             let stats = self.stats();
-            (stats.running, stats.waiting) == (0, 0) && stats.blocks_free == stats.blocks_total
+            (stats.running, stats.waiting) == (0, 0) && stats.pages_free + stats.adapter_pages == stats.pages_total
         });
         assert_eq!(self.store.stats().leases, 0, "leases out");
     }

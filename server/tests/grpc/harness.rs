@@ -77,7 +77,7 @@ impl TestServer {
                 http_addr: "127.0.0.1:0".parse().expect("address"),
                 ..ServerConfig::default()
             },
-            engine: EngineConfig { kv_cache_bytes: 64 << 20, ..EngineConfig::default() },
+            engine: EngineConfig { pool_bytes: 64 << 20, ..EngineConfig::default() },
             // Room for a whole answer: a test that looks elsewhere for a moment is no slow reader.
             limits: Limits { stream_events_max: 20_000, ..Limits::default() },
             with_keys: true,
@@ -160,7 +160,7 @@ impl TestServer {
             loop {
                 let info = self.info().await;
                 if info.running_sequences == 0 && info.waiting_sequences == 0 {
-                    assert_eq!(info.kv_blocks_free, info.kv_blocks_total, "{info:?}");
+                    assert_eq!(info.pages_free + info.adapter_pages, info.pages_total, "{info:?}");
                     return;
                 }
                 tokio::time::sleep(Duration::from_millis(5)).await;
