@@ -158,7 +158,7 @@ impl<B: Backend> Common<B> {
     fn bring_adapter(&self, submit: &Submit) -> Result<Option<Arc<Resident<B::Adapter>>>, EngineError> {
         let Some(lease) = &submit.lease else { return Ok(None) };
         let load = || {
-            let adapter = self.model.load_adapter(lease.weights());
+            let adapter = self.model.load_adapter(&*lease.load()?);
             let adapter = adapter.map_err(|error| EngineError::Adapter(error.to_string()))?;
             let bytes = self.model.backend().adapter_bytes(&adapter);
             Ok((adapter, bytes))

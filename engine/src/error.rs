@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use openlora_adapters::AdapterError;
 use openlora_kernels::KernelError;
 use openlora_model::ModelError;
 use openlora_types::{Classify, Fault, InvalidField};
@@ -21,6 +22,9 @@ pub enum EngineError {
     /// The request itself is wrong.
     #[error(transparent)]
     Invalid(#[from] InvalidField),
+    /// The adapter's weights could not be read.
+    #[error(transparent)]
+    Load(#[from] AdapterError),
     /// The adapter cannot be brought to the device.
     #[error("adapter: {0}")]
     Adapter(String),
@@ -70,17 +74,19 @@ impl From<KernelError> for EngineError {
 
 impl Classify for EngineError {
     fn is_retryable(&self) -> bool {
-        matches!(
-            self,
+        match self {
+            Self::Load(error) => error.is_retryable(),
             Self::QueueFull { .. }
-                | Self::AdapterMemory { .. }
-                | Self::SlowReader { .. }
-                | Self::Draining
-                | Self::Dead(_)
-        )
+            | Self::AdapterMemory { .. }
+            | Self::SlowReader { .. }
+            | Self::Draining
+            | Self::Dead(_) => true,
+            _ => false,
+        }
     }
     fn fault(&self) -> Fault {
         match self {
+            Self::Load(error) => error.fault(),
             Self::Invalid(_) | Self::Adapter(_) | Self::SlowReader { .. } | Self::DeadlineExceeded => Fault::Client,
             _ => Fault::Server,
         }

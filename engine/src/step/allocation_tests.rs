@@ -89,6 +89,7 @@ impl Bench {
             data_dir: folder.path().to_owned(),
             allowed_roots: vec![root.clone()],
             host_cache_bytes: 1 << 30,
+            ..StoreConfig::default()
         };
         let limits = Limits::default();
         let alias = Alias::parse("alias", name, &limits).expect("a plain name");
@@ -96,7 +97,8 @@ impl Bench {
         let actor = Actor { name: "tests".into(), admin: true };
         store.register_folder(&alias, &root.join(name), &actor, false).expect("the fixture is valid");
         let lease = store.resolve(name).expect("it was just registered");
-        let load = || Ok((self.state.model.load_adapter(lease.weights()).expect("it fits"), 1));
+        let load =
+            || Ok((self.state.model.load_adapter(&lease.load().expect("its files are there")).expect("it fits"), 1));
         let resident =
             crate::residency::Residency::new(1).get_or_load(lease.generation(), load).expect("there is room");
         (lease, resident)
