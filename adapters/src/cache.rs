@@ -1,13 +1,18 @@
-//! Adapters in host memory: a bounded cache of what was read lately, what is pinned, and how many leases there are.
+//! Adapters in host memory: a bounded cache of what was read lately, and what is pinned.
 //!
-//! The cache (moka, weighed in KiB, TinyLFU) never exceeds `host_cache_bytes`. Weights that were evicted but that
-//! somebody still holds are found again through a weak reference and not read twice. All weights alive, cached or held
-//! elsewhere or being read, stay within twice `host_cache_bytes`; one load more is refused with an error that passes.
+//! The cache never exceeds `host_cache_bytes`. What it drops is chosen by GreedyDual with frequency (Cherkasova 1998): an
+//! entry's worth is its uses plus the worth of what was dropped last when it was used, so what was used often stays, but
+//! not for ever, and one pass over thousands of adapters does not wash it out. Cost over size, the rest of that formula,
+//! is the same for all: reading costs by the byte.
+//!
+//! Weights that were dropped but that somebody still holds are found again through a weak reference and not read twice.
+//! All weights alive, cached, pinned, held elsewhere or being read, stay within twice `host_cache_bytes`; one load more is
+//! refused with an error that passes.
 
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -17,15 +22,47 @@ use openlora_types::{AdapterWeights, Generation, Limits};
 
 use crate::error::AdapterError;
 
-/// The unit of the cache's weights, whose counter has 32 bits for one entry.
-const KIB: u64 = 1024;
+type Loaded = Result<Arc<AdapterWeights>, AdapterError>;
+
+/// An entry of the cache.
+struct Kept {
+    weights: Arc<AdapterWeights>,
+    bytes: u64,
+    uses: u64,
+    worth: u64,
+}
+
+/// A read in progress, for which others wait.
+#[derive(Default)]
+struct Flight {
+    landed: Mutex<Option<Loaded>>,
+    ended: Condvar,
+}
+
+impl Flight {
+    fn wait(&self) -> Loaded {
+        let landed = self.landed.lock().unwrap_or_else(PoisonError::into_inner);
+        let landed = self.ended.wait_while(landed, |landed| landed.is_none()).unwrap_or_else(PoisonError::into_inner);
+        landed.clone().expect("waited for")
+    }
+
+    fn land(&self, loaded: Loaded) {
+        *self.landed.lock().unwrap_or_else(PoisonError::into_inner) = Some(loaded);
+        self.ended.notify_all();
+    }
+}
 
 #[derive(Default)]
 struct Memory {
-    /// Every generation whose weights may still be in memory, with its bytes.
-    alive: HashMap<Generation, (Weak<AdapterWeights>, u64)>,
+    kept: HashMap<Generation, Kept>,
+    kept_bytes: u64,
+    /// Worth of the entry dropped last.
+    floor: u64,
+    flights: HashMap<Generation, Arc<Flight>>,
     /// Bytes of reads in progress.
     reading: u64,
+    /// Every generation whose weights may still be in memory, with its bytes.
+    alive: HashMap<Generation, (Weak<AdapterWeights>, u64)>,
     pins: HashMap<Generation, (Arc<AdapterWeights>, u64)>,
 }
 
@@ -37,6 +74,46 @@ impl Memory {
 
     fn pinned_bytes(&self) -> u64 {
         self.pins.values().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// The weights, where they are in memory.
+    fn find(&self, generation: Generation) -> Option<Arc<AdapterWeights>> {
+        self.alive.get(&generation)?.0.upgrade()
+    }
+
+    /// Takes the entry of least worth out of the cache. The scan is short beside the read that makes it necessary.
+    fn evict(&mut self) -> Option<Arc<AdapterWeights>> {
+        let least = self.kept.iter().min_by_key(|(_, kept)| kept.worth).map(|(&generation, _)| generation)?;
+        self.floor = self.kept[&least].worth;
+        self.take(least)
+    }
+
+    fn take(&mut self, generation: Generation) -> Option<Arc<AdapterWeights>> {
+        let kept = self.kept.remove(&generation)?;
+        self.kept_bytes -= kept.bytes;
+        Some(kept.weights)
+    }
+
+    /// Counts a use and keeps the weights; returns what had to go, to be freed outside the lock.
+    fn keep(&mut self, weights: &Arc<AdapterWeights>, max: u64) -> Vec<Arc<AdapterWeights>> {
+        let floor = self.floor;
+        if let Some(kept) = self.kept.get_mut(&weights.generation) {
+            kept.uses += 1;
+            kept.worth = floor + kept.uses;
+            return Vec::new();
+        }
+        let bytes = weights.byte_len() as u64;
+        let mut gone = Vec::new();
+        while self.kept_bytes + bytes > max {
+            match self.evict() {
+                Some(evicted) => gone.push(evicted),
+                None => return gone,
+            }
+        }
+        let kept = Kept { weights: Arc::clone(weights), bytes, uses: 1, worth: self.floor + 1 };
+        self.kept.insert(weights.generation, kept);
+        self.kept_bytes += bytes;
+        gone
     }
 }
 
@@ -53,7 +130,6 @@ pub(crate) struct CacheStats {
 
 /// See the module.
 pub(crate) struct HostCache {
-    kept: moka::sync::Cache<Generation, Arc<AdapterWeights>>,
     failed: moka::sync::Cache<Generation, AdapterError>,
     memory: Mutex<Memory>,
     bytes_max: u64,
@@ -63,11 +139,7 @@ pub(crate) struct HostCache {
 
 impl HostCache {
     pub(crate) fn new(bytes_max: u64, limits: &Limits) -> Self {
-        let weigh = |_: &Generation, weights: &Arc<AdapterWeights>| {
-            u32::try_from((weights.byte_len() as u64).div_ceil(KIB)).unwrap_or(u32::MAX)
-        };
         Self {
-            kept: moka::sync::Cache::builder().max_capacity(bytes_max / KIB).weigher(weigh).build(),
             failed: moka::sync::Cache::builder()
                 .max_capacity(limits.adapter_failures_max)
                 .time_to_live(Duration::from_secs(limits.adapter_failure_ttl_s))
@@ -84,10 +156,6 @@ impl HostCache {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn alive(&self, generation: Generation) -> Option<Arc<AdapterWeights>> {
-        self.memory().alive.get(&generation)?.0.upgrade()
-    }
-
     /// The weights of `generation`, which take `bytes`; `read` is called by one of the callers that ask at the same time,
     /// and only where the weights are not in memory.
     ///
@@ -98,46 +166,44 @@ impl HostCache {
         generation: Generation,
         bytes: u64,
         read: impl FnOnce() -> Result<AdapterWeights, AdapterError>,
-    ) -> Result<Arc<AdapterWeights>, AdapterError> {
+    ) -> Loaded {
         if let Some(error) = self.failed.get(&generation) {
             return Err(error);
         }
-        let mut was_read = false;
-        // Counts for the cache's popularity, and puts weights back that were evicted while somebody held them.
-        let loaded = self.kept.try_get_with(generation, || {
-            if let Some(weights) = self.alive(generation) {
-                return Ok(weights);
-            }
-            was_read = true;
-            let _room = self.reserve(bytes)?;
-            let weights = Arc::new(read()?);
-            self.memory().alive.insert(generation, (Arc::downgrade(&weights), bytes));
-            Ok(weights)
-        });
-        let counter = if was_read { &self.misses } else { &self.hits };
-        counter.fetch_add(1, Ordering::Relaxed);
-        loaded.map_err(|error| {
-            let error = AdapterError::clone(&error);
-            if matches!(error, AdapterError::Corrupt { .. }) {
-                self.failed.insert(generation, error.clone());
-            }
-            error
-        })
+        let mut memory = self.memory();
+        if let Some(weights) = memory.find(generation) {
+            let gone = memory.keep(&weights, self.bytes_max);
+            drop(memory);
+            drop(gone);
+            self.hits.fetch_add(1, Ordering::Relaxed);
+            return Ok(weights);
+        }
+        if let Some(flight) = memory.flights.get(&generation).map(Arc::clone) {
+            drop(memory);
+            self.hits.fetch_add(1, Ordering::Relaxed);
+            return flight.wait();
+        }
+        self.make_room(&mut memory, bytes)?;
+        memory.reading += bytes;
+        let flight = Arc::new(Flight::default());
+        memory.flights.insert(generation, Arc::clone(&flight));
+        drop(memory);
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        let mut landing = Landing { cache: self, generation, bytes, flight, loaded: None };
+        let loaded = read().map(Arc::new);
+        landing.loaded = Some(loaded.clone());
+        drop(landing);
+        loaded
     }
 
-    /// Room for a read of `bytes`, given back when dropped.
-    fn reserve(&self, bytes: u64) -> Result<Room<'_>, AdapterError> {
-        let (max, mut tries) = (2 * self.bytes_max, 2);
+    /// Sees to it that `bytes` more fit beside all that is alive, at the cache's expense.
+    fn make_room(&self, memory: &mut Memory, bytes: u64) -> Result<(), AdapterError> {
         loop {
-            let mut memory = self.memory();
             let taken = memory.alive_bytes() + memory.reading;
-            if taken + bytes <= max {
-                memory.reading += bytes;
-                return Ok(Room { cache: self, bytes });
+            if taken + bytes <= 2 * self.bytes_max {
+                return Ok(());
             }
-            drop(memory);
-            tries -= 1;
-            if tries == 0 {
+            if memory.evict().is_none() {
                 return Err(AdapterError::LimitReached {
                     limit: "host_cache_bytes",
                     max: self.bytes_max,
@@ -145,10 +211,21 @@ impl HostCache {
                     passes: true,
                 });
             }
-            // Those in use need the room that the cache takes beside them.
-            self.kept.invalidate_all();
-            self.kept.run_pending_tasks();
         }
+    }
+
+    fn landed(&self, generation: Generation, bytes: u64, loaded: &Loaded) {
+        if let Err(error @ AdapterError::Corrupt { .. }) = loaded {
+            self.failed.insert(generation, error.clone());
+        }
+        let mut memory = self.memory();
+        memory.reading -= bytes;
+        memory.flights.remove(&generation);
+        let Ok(weights) = loaded else { return };
+        memory.alive.insert(generation, (Arc::downgrade(weights), bytes));
+        let gone = memory.keep(weights, self.bytes_max);
+        drop(memory);
+        drop(gone);
     }
 
     /// Keeps weights in memory after those who use them. False where they are pinned already.
@@ -183,7 +260,8 @@ impl HostCache {
     /// Drops a generation that no alias names any more; who uses it keeps it.
     pub(crate) fn forget(&self, generation: Generation) {
         self.unpin(generation);
-        self.kept.invalidate(&generation);
+        let released = self.memory().take(generation);
+        drop(released);
         self.forgive(generation);
     }
 
@@ -194,15 +272,14 @@ impl HostCache {
 
     /// Whether the weights of `generation` are in memory.
     pub(crate) fn contains(&self, generation: Generation) -> bool {
-        self.kept.contains_key(&generation) || self.alive(generation).is_some()
+        self.memory().find(generation).is_some()
     }
 
     pub(crate) fn stats(&self) -> CacheStats {
-        self.kept.run_pending_tasks();
         let memory = self.memory();
         CacheStats {
-            cached_entries: self.kept.entry_count(),
-            cached_bytes: self.kept.weighted_size() * KIB,
+            cached_entries: memory.kept.len() as u64,
+            cached_bytes: memory.kept_bytes,
             held_entries: memory.pins.len() as u64,
             held_bytes: memory.pinned_bytes(),
             hits: self.hits.load(Ordering::Relaxed),
@@ -211,13 +288,20 @@ impl HostCache {
     }
 }
 
-struct Room<'a> {
+/// Ends a read for those who wait for it, also where it panicked.
+struct Landing<'a> {
     cache: &'a HostCache,
+    generation: Generation,
     bytes: u64,
+    flight: Arc<Flight>,
+    loaded: Option<Loaded>,
 }
 
-impl Drop for Room<'_> {
+impl Drop for Landing<'_> {
     fn drop(&mut self) {
-        self.cache.memory().reading -= self.bytes;
+        let panicked = || Err(AdapterError::io("read the adapter")(std::io::Error::other("the reader panicked")));
+        let loaded = self.loaded.take().unwrap_or_else(panicked);
+        self.cache.landed(self.generation, self.bytes, &loaded);
+        self.flight.land(loaded);
     }
 }

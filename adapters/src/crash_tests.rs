@@ -6,7 +6,6 @@ use object_store::{ObjectStore, ObjectStoreExt as _, memory::InMemory};
 use openlora_types::Limits;
 use tempfile::TempDir;
 
-use crate as openlora_adapters;
 use crate::{files::Files, kill};
 
 #[expect(dead_code, reason = "shared with the integration tests, which use all of it")]

@@ -12,6 +12,10 @@
 //! (docs/generation.md). `files.rs` keeps the files in an object store, `registry.rs` what is known of them in a
 //! database, `change.rs` changes both through crashes, and `cache.rs` holds weights in memory.
 
+// The tests' helpers name the crate as its users do.
+#[cfg(test)]
+extern crate self as openlora_adapters;
+
 mod cache;
 mod change;
 mod config;

@@ -109,12 +109,12 @@ fn a_process_killed_at_any_instant_leaves_whole_adapters() {
 fn child_whose_disk_is_full() {
     let dir = env::var_os(CHILD).expect("started by its parent");
     let dir = Path::new(&dir);
-    let store = make::open(dir, Limits::default(), 1 << 20);
+    let store = make::open(dir, Limits { lora_rank_max: 16_384, ..Limits::default() }, 4 << 20);
     let register = |path: &str| store.register_folder(&alias("big"), &dir.join("root").join(path), &actor("o"), false);
     let full = register("big").expect_err("the disk takes no more");
     assert!(matches!(full, AdapterError::Io { .. }) && full.is_retryable(), "{full}");
     let mut upload = store.begin_upload(&alias("big"), &actor("o"), false).expect("begun");
-    let full = upload.write("adapter_model.safetensors", &vec![0; 1 << 20]).expect_err("the disk takes no more");
+    let full = upload.write("adapter_model.safetensors", &vec![0; 2 << 20]).expect_err("the disk takes no more");
     assert!(matches!(full, AdapterError::Io { .. }), "{full}");
     drop(upload);
     assert_eq!(entries(&dir.join("data/staging")), Vec::<String>::new());
@@ -127,12 +127,12 @@ fn child_whose_disk_is_full() {
 fn a_disk_that_refuses_leaves_nothing_behind() {
     let bench = Bench::new();
     let small = bench.write("small", &Adapter::qv(1, 1));
-    bench.write("big", &Adapter::qv(250, 1));
+    bench.write("big", &Adapter::qv(8_000, 1));
     bench.store.register_folder(&alias("small"), &small, &actor("o"), false).expect("registered");
     let Bench { store, dir } = bench;
     drop(store);
-    // Files may not pass 16 KiB: the kernel refuses the write halfway, as a full disk does.
-    let ended = child("child_whose_disk_is_full", dir.path(), "trap '' XFSZ; ulimit -f 32;").output().expect("ran");
+    // Files may not pass half a MiB: the kernel refuses the write halfway, as a full disk does.
+    let ended = child("child_whose_disk_is_full", dir.path(), "trap '' XFSZ; ulimit -f 1024;").output().expect("ran");
     assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
     assert_eq!(check_whole(dir.path()), 2);
 }
