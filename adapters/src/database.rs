@@ -10,8 +10,9 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use sqlx::{
     AnyConnection, AnyPool, Executor,
-    any::AnyPoolOptions,
+    any::{AnyArguments, AnyPoolOptions},
     migrate::{MigrateError, Migration, MigrationType, Migrator},
+    query::Query,
 };
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -112,6 +113,22 @@ impl Database {
             Kind::Sqlite => Some(self.turn.lock().await),
             Kind::Postgres => None,
         }
+    }
+
+    /// Runs one statement that may be lost in a power failure, though not in a crash of this process: it is not flushed.
+    pub(crate) async fn note<'q>(&self, statement: Query<'q, sqlx::Any, AnyArguments<'q>>) -> Result<(), sqlx::Error> {
+        let _turn = self.turn().await;
+        let mut connection = self.pool.acquire().await?;
+        let sqlite = self.kind == Kind::Sqlite;
+        if sqlite {
+            connection.execute("PRAGMA synchronous = NORMAL").await?;
+        }
+        let done = statement.execute(&mut *connection).await;
+        if sqlite && connection.execute("PRAGMA synchronous = FULL").await.is_err() {
+            // It must not serve another change.
+            connection.close().await?;
+        }
+        done.map(drop)
     }
 
     /// Runs `work` in one transaction, again where another transaction got in between. `action` completes "could not …".

@@ -129,10 +129,7 @@ impl Files {
         match &self.folder {
             Some(folder) => {
                 let failed = || AdapterError::io("store the adapter");
-                for file in FILES {
-                    File::open(staged.path().join(file)).and_then(|file| file.sync_all()).map_err(failed())?;
-                }
-                sync_dir(staged.path()).map_err(failed())?;
+                sync_all(staged.path()).map_err(failed())?;
                 let adapters = folder.join("adapters");
                 fs::rename(staged.path(), adapters.join(location)).map_err(failed())?;
                 // The folder is no longer where the guard would remove it from.
@@ -260,6 +257,16 @@ fn s3(_url: &str, _rest: &str) -> Result<(Arc<dyn ObjectStore>, Key), AdapterErr
     let why = "names an S3 bucket, which this program was built without; build it with `cargo build --release -p \
                openlora-cli --features s3`";
     Err(AdapterError::invalid("adapters.store_url", why))
+}
+
+/// Flushes a staged folder and its files at once: the file system's journal commits them together.
+fn sync_all(dir: &Path) -> io::Result<()> {
+    std::thread::scope(|scope| {
+        let files = FILES.map(|file| scope.spawn(move || File::open(dir.join(file))?.sync_all()));
+        sync_dir(dir)?;
+        let panicked = |_| Err(io::Error::other("flushing a file panicked"));
+        files.into_iter().try_for_each(|flushed| flushed.join().unwrap_or_else(panicked))
+    })
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {

@@ -235,13 +235,12 @@ pub(crate) async fn lineage_of(
     row.as_ref().map(|row| json(row, "lineage")).transpose()
 }
 
-/// Notes that `location` is being filled, so that it is found should this process die.
+/// Notes that `location` is being filled, so that it is found should this process die. A power failure may take the note
+/// and leave the files, which are then never removed; that costs room and nothing else.
 pub(crate) async fn stage(db: &Database, location: &str, id: Generation, now: i64) -> Result<(), AdapterError> {
     let sql = "INSERT INTO loose_files (location, generation, staged, since) VALUES ($1, $2, 1, $3)";
     let statement = query(sql).bind(location).bind(id.to_string()).bind(now);
-    let _turn = db.turn().await;
-    statement.execute(db.reader()).await.map_err(AdapterError::database(WRITE))?;
-    Ok(())
+    db.note(statement).await.map_err(AdapterError::database(WRITE))
 }
 
 /// Makes `known`'s staged files those of its generation; files that were there before become
@@ -442,8 +441,6 @@ pub(crate) async fn is_loose(db: &Database, location: &str) -> Result<bool, Adap
 
 /// Forgets a loose folder whose files are gone.
 pub(crate) async fn swept(db: &Database, location: &str) -> Result<(), AdapterError> {
-    let _turn = db.turn().await;
-    let done = query("DELETE FROM loose_files WHERE location = $1").bind(location).execute(db.reader()).await;
-    done.map_err(AdapterError::database(WRITE))?;
-    Ok(())
+    let statement = query("DELETE FROM loose_files WHERE location = $1").bind(location);
+    db.note(statement).await.map_err(AdapterError::database(WRITE))
 }

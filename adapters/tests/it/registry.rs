@@ -233,9 +233,10 @@ fn a_database_that_another_program_has_locked_says_so() {
 }
 
 #[test]
-#[ignore = "a measurement: prints how fast adapters are registered and the store opens; SPEED_COUNT of them"]
+#[ignore = "a measurement: prints how fast adapters are registered and the store opens"]
 fn speed_of_registration_and_opening() {
-    let count: u64 = std::env::var("SPEED_COUNT").ok().and_then(|count| count.parse().ok()).unwrap_or(500);
+    let number = |name: &str, or| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok()).unwrap_or(or);
+    let (count, threads) = (number("OPENLORA_TEST_SPEED_COUNT", 500), number("OPENLORA_TEST_SPEED_THREADS", 8));
     let dir = tempfile::TempDir::new().expect("a temporary folder");
     let made = |seed| {
         let mut adapter = Adapter::qv(4_000, 1);
@@ -249,12 +250,25 @@ fn speed_of_registration_and_opening() {
     let bytes = std::fs::metadata(dir.path().join("root/0/adapter_model.safetensors")).expect("made").len();
     let store = make::open(dir.path(), limits.clone(), 64 << 20);
     let begun = std::time::Instant::now();
-    for i in 0..count {
-        let path = dir.path().join(format!("root/{i}"));
-        store.register_folder(&alias(&format!("o/{i}")), &path, &actor("o"), false).expect("registered");
-    }
+    let (store_ref, next) = (&store, std::sync::atomic::AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    if i >= count {
+                        break;
+                    }
+                    let path = dir.path().join(format!("root/{i}"));
+                    store_ref
+                        .register_folder(&alias(&format!("o/{i}")), &path, &actor("o"), false)
+                        .expect("registered");
+                }
+            });
+        }
+    });
     let took = begun.elapsed();
-    println!("{count} of {bytes} bytes in {took:?}: {:.0}/s", count as f64 / took.as_secs_f64());
+    println!("{threads} threads, {count} of {bytes} bytes in {took:?}: {:.0}/s", count as f64 / took.as_secs_f64());
     assert_eq!(store.stats().registered, count);
     drop(store);
     let begun = std::time::Instant::now();
