@@ -14,7 +14,7 @@ use sqlx::{
     migrate::{MigrateError, Migration, MigrationType, Migrator},
     query::Query,
 };
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::Mutex;
 
 use crate::error::AdapterError;
 
@@ -45,7 +45,7 @@ enum Kind {
 pub(crate) struct Database {
     pool: AnyPool,
     kind: Kind,
-    /// SQLite has one writer at a time, and makes others wait in naps of up to 100 ms: here they queue.
+    /// Writers of this process queue here: SQLite would make them nap up to 100 ms, PostgreSQL run them again.
     turn: Mutex<()>,
 }
 
@@ -107,17 +107,9 @@ impl Database {
         &self.pool
     }
 
-    /// A writer's turn.
-    pub(crate) async fn turn(&self) -> Option<MutexGuard<'_, ()>> {
-        match self.kind {
-            Kind::Sqlite => Some(self.turn.lock().await),
-            Kind::Postgres => None,
-        }
-    }
-
     /// Runs one statement that may be lost in a power failure, though not in a crash of this process: it is not flushed.
     pub(crate) async fn note<'q>(&self, statement: Query<'q, sqlx::Any, AnyArguments<'q>>) -> Result<(), sqlx::Error> {
-        let _turn = self.turn().await;
+        let _turn = self.turn.lock().await;
         let mut connection = self.pool.acquire().await?;
         let sqlite = self.kind == Kind::Sqlite;
         if sqlite {
@@ -145,7 +137,7 @@ impl Database {
             Kind::Sqlite => "BEGIN IMMEDIATE",
             Kind::Postgres => "BEGIN ISOLATION LEVEL SERIALIZABLE",
         };
-        let _turn = self.turn().await;
+        let _turn = self.turn.lock().await;
         for tried in 1.. {
             let mut transaction = self.pool.begin_with(begin).await.map_err(AdapterError::database(action))?;
             let done = match work(&mut transaction).await {
@@ -160,7 +152,10 @@ impl Database {
                 }
             };
             match done {
-                Err(error) if tried < TRIES && overtaken(&error) => {}
+                // Other servers were in between: the more often, the longer they are given.
+                Err(error) if tried < TRIES && overtaken(&error) => {
+                    tokio::time::sleep(Duration::from_millis(tried as u64)).await;
+                }
                 done => {
                     crate::kill::point("after the commit");
                     return done;
