@@ -1,257 +1,243 @@
-//! Adapters in host memory: a bounded cache of what was used lately, and what requests and pins hold.
+//! Adapters in host memory: a bounded cache of what was read lately, and what is pinned.
 //!
-//! Two sets share the same `Arc`s. The cache (moka, weighed in KiB, TinyLFU) keeps generations that nobody needs right
-//! now; it never exceeds `host_cache_bytes`. Held generations are those with a lease or a pin; they too are bounded by
-//! `host_cache_bytes` together, and one lease more than fits is refused with an error that passes when requests end. So
-//! adapters take at most twice that setting, and usually once, since a held generation is mostly cached as well. A
-//! generation evicted while it is held lives on through its holders and is never read a second time for others.
+//! The cache never exceeds `host_cache_bytes`. What it drops is chosen by GreedyDual with frequency (Cherkasova 1998): an
+//! entry's worth is its uses plus the worth of what was dropped last when it was used, so what was used often stays, but
+//! not for ever, and one pass over thousands of adapters does not wash it out. Cost over size, the rest of that formula,
+//! is the same for all: reading costs by the byte.
+//!
+//! Weights that were dropped but that somebody still holds are found again through a weak reference and not read twice.
+//! All weights alive, cached, pinned, held elsewhere or being read, stay within twice `host_cache_bytes`; one load more is
+//! refused with an error that passes.
 
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use openlora_types::{AdapterSizes, AdapterWeights, Generation, Limits};
+use openlora_types::{AdapterWeights, Generation, Limits};
 
 use crate::error::AdapterError;
 
-/// The unit of the cache's weights, whose counter has 32 bits for one entry.
-const KIB: u64 = 1024;
+type Loaded = Result<Arc<AdapterWeights>, AdapterError>;
 
-/// A request's hold on one generation: while any lease lives, the weights stay in memory whatever happens to the alias,
-/// the cache or the files. Clone it for each holder; each is counted.
-pub struct Lease {
+/// An entry of the cache.
+struct Kept {
     weights: Arc<AdapterWeights>,
-    sizes: Arc<AdapterSizes>,
-    hold: Hold,
-}
-
-impl Lease {
-    fn new(weights: Arc<AdapterWeights>, hold: Hold) -> Self {
-        Self { sizes: Arc::new(weights.sizes()), weights, hold }
-    }
-
-    /// The weights.
-    ///
-    /// # Errors
-    /// A file that cannot be read or is not what was registered.
-    pub fn load(&self) -> Result<Arc<AdapterWeights>, AdapterError> {
-        Ok(Arc::clone(&self.weights))
-    }
-
-    /// The weights.
-    #[must_use]
-    pub fn weights(&self) -> &Arc<AdapterWeights> {
-        &self.weights
-    }
-
-    /// What they need of a device.
-    #[must_use]
-    pub fn sizes(&self) -> &Arc<AdapterSizes> {
-        &self.sizes
-    }
-
-    /// Their identity.
-    #[must_use]
-    pub fn generation(&self) -> Generation {
-        self.hold.generation
-    }
-}
-
-impl Clone for Lease {
-    fn clone(&self) -> Self {
-        self.hold.held.lock().entry(self.hold.generation).leases += 1;
-        let hold = Hold { held: Arc::clone(&self.hold.held), generation: self.hold.generation };
-        Self { weights: Arc::clone(&self.weights), sizes: Arc::clone(&self.sizes), hold }
-    }
-}
-
-impl std::fmt::Debug for Lease {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lease").field("generation", &self.hold.generation).finish_non_exhaustive()
-    }
-}
-
-/// One count on a generation, with or without its weights read yet.
-struct Hold {
-    held: Arc<Held>,
-    generation: Generation,
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        let mut state = self.held.lock();
-        state.entry(self.generation).leases -= 1;
-        let released = state.release_if_unused(self.generation);
-        // Freeing gigabytes takes a while: not under the lock.
-        drop(state);
-        drop(released);
-    }
-}
-
-struct HeldEntry {
-    /// What the entry is charged with, from the time its weights are being read.
     bytes: u64,
-    leases: u32,
-    pinned: bool,
-    /// `None` while the first holder reads it.
-    weights: Option<Arc<AdapterWeights>>,
+    uses: u64,
+    worth: u64,
+}
+
+/// A read in progress, for which others wait.
+#[derive(Default)]
+struct Flight {
+    landed: Mutex<Option<Loaded>>,
+    ended: Condvar,
+}
+
+impl Flight {
+    fn wait(&self) -> Loaded {
+        let landed = self.landed.lock().unwrap_or_else(PoisonError::into_inner);
+        let landed = self.ended.wait_while(landed, |landed| landed.is_none()).unwrap_or_else(PoisonError::into_inner);
+        landed.clone().expect("waited for")
+    }
+
+    fn land(&self, loaded: Loaded) {
+        *self.landed.lock().unwrap_or_else(PoisonError::into_inner) = Some(loaded);
+        self.ended.notify_all();
+    }
 }
 
 #[derive(Default)]
-struct HeldState {
-    entries: HashMap<Generation, HeldEntry>,
-    bytes: u64,
-    pinned_bytes: u64,
+struct Memory {
+    kept: HashMap<Generation, Kept>,
+    kept_bytes: u64,
+    /// Worth of the entry dropped last.
+    floor: u64,
+    flights: HashMap<Generation, Arc<Flight>>,
+    /// Bytes of reads in progress.
+    reading: u64,
+    /// Every generation whose weights may still be in memory, with its bytes.
+    alive: HashMap<Generation, (Weak<AdapterWeights>, u64)>,
+    pins: HashMap<Generation, (Arc<AdapterWeights>, u64)>,
 }
 
-impl HeldState {
-    fn entry(&mut self, generation: Generation) -> &mut HeldEntry {
-        self.entries.get_mut(&generation).expect("a generation with holders has an entry")
+impl Memory {
+    fn alive_bytes(&mut self) -> u64 {
+        self.alive.retain(|_, (weights, _)| weights.strong_count() > 0);
+        self.alive.values().map(|(_, bytes)| bytes).sum()
     }
 
-    fn release_if_unused(&mut self, generation: Generation) -> Option<HeldEntry> {
-        let entry = self.entry(generation);
-        if entry.leases > 0 || entry.pinned {
-            return None;
+    fn pinned_bytes(&self) -> u64 {
+        self.pins.values().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// The weights, where they are in memory.
+    fn find(&self, generation: Generation) -> Option<Arc<AdapterWeights>> {
+        self.alive.get(&generation)?.0.upgrade()
+    }
+
+    /// Takes the entry of least worth out of the cache. The scan is short beside the read that makes it necessary.
+    fn evict(&mut self) -> Option<Arc<AdapterWeights>> {
+        let least = self.kept.iter().min_by_key(|(_, kept)| kept.worth).map(|(&generation, _)| generation)?;
+        self.floor = self.kept[&least].worth;
+        self.take(least)
+    }
+
+    fn take(&mut self, generation: Generation) -> Option<Arc<AdapterWeights>> {
+        let kept = self.kept.remove(&generation)?;
+        self.kept_bytes -= kept.bytes;
+        Some(kept.weights)
+    }
+
+    /// Counts a use and keeps the weights; returns what had to go, to be freed outside the lock.
+    fn keep(&mut self, weights: &Arc<AdapterWeights>, max: u64) -> Vec<Arc<AdapterWeights>> {
+        let floor = self.floor;
+        if let Some(kept) = self.kept.get_mut(&weights.generation) {
+            kept.uses += 1;
+            kept.worth = floor + kept.uses;
+            return Vec::new();
         }
-        self.bytes -= entry.bytes;
-        self.entries.remove(&generation)
-    }
-}
-
-struct Held {
-    state: Mutex<HeldState>,
-    bytes_max: u64,
-}
-
-impl Held {
-    fn lock(&self) -> MutexGuard<'_, HeldState> {
-        // A panic elsewhere cannot leave the counts half-changed: no code under this lock can panic midway.
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// Counts one more holder of `generation`, charging its `bytes` if it is the first.
-    fn hold(self: &Arc<Self>, generation: Generation, bytes: u64) -> Result<Hold, AdapterError> {
-        let mut state = self.lock();
-        if let Some(entry) = state.entries.get_mut(&generation) {
-            entry.leases += 1;
-        } else {
-            if state.bytes + bytes > self.bytes_max {
-                return Err(AdapterError::LimitReached {
-                    limit: "host_cache_bytes",
-                    max: self.bytes_max,
-                    reason: format!(
-                        "running requests and pins hold {} bytes of adapters; {bytes} do not fit",
-                        state.bytes
-                    ),
-                    passes: true,
-                });
+        let bytes = weights.byte_len() as u64;
+        let mut gone = Vec::new();
+        while self.kept_bytes + bytes > max {
+            match self.evict() {
+                Some(evicted) => gone.push(evicted),
+                None => return gone,
             }
-            state.bytes += bytes;
-            state.entries.insert(generation, HeldEntry { bytes, leases: 1, pinned: false, weights: None });
         }
-        drop(state);
-        Ok(Hold { held: Arc::clone(self), generation })
+        let kept = Kept { weights: Arc::clone(weights), bytes, uses: 1, worth: self.floor + 1 };
+        self.kept.insert(weights.generation, kept);
+        self.kept_bytes += bytes;
+        gone
     }
 }
 
-/// Counters of the host cache.
+/// Gauges and counters of the host cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct CacheStats {
     pub(crate) cached_entries: u64,
     pub(crate) cached_bytes: u64,
     pub(crate) held_entries: u64,
     pub(crate) held_bytes: u64,
-    pub(crate) leases: u64,
     pub(crate) hits: u64,
     pub(crate) misses: u64,
 }
 
 /// See the module.
 pub(crate) struct HostCache {
-    kept: moka::sync::Cache<Generation, Arc<AdapterWeights>>,
     failed: moka::sync::Cache<Generation, AdapterError>,
-    held: Arc<Held>,
+    memory: Mutex<Memory>,
+    bytes_max: u64,
     hits: AtomicU64,
     misses: AtomicU64,
 }
 
 impl HostCache {
     pub(crate) fn new(bytes_max: u64, limits: &Limits) -> Self {
-        let weigh = |_: &Generation, weights: &Arc<AdapterWeights>| {
-            u32::try_from((weights.byte_len() as u64).div_ceil(KIB)).unwrap_or(u32::MAX)
-        };
         Self {
-            kept: moka::sync::Cache::builder().max_capacity(bytes_max / KIB).weigher(weigh).build(),
             failed: moka::sync::Cache::builder()
                 .max_capacity(limits.adapter_failures_max)
                 .time_to_live(Duration::from_secs(limits.adapter_failure_ttl_s))
                 .build(),
-            held: Arc::new(Held { state: Mutex::default(), bytes_max }),
+            memory: Mutex::default(),
+            bytes_max,
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         }
     }
 
-    /// A lease on `generation`, whose weights take `bytes`; `read` is called by one of the callers that ask at the same
-    /// time, and only where the weights are neither held nor cached.
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        // No code under this lock can panic midway, so a panic elsewhere leaves it whole.
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The weights of `generation`, which take `bytes`; `read` is called by one of the callers that ask at the same time,
+    /// and only where the weights are not in memory.
     ///
     /// # Errors
-    /// `host_cache_bytes` reached, what `read` returned, or a failure remembered from an earlier call.
-    pub(crate) fn lease(
+    /// `host_cache_bytes` reached, what `read` returned, or a damage remembered from an earlier call.
+    pub(crate) fn load(
         &self,
         generation: Generation,
         bytes: u64,
         read: impl FnOnce() -> Result<AdapterWeights, AdapterError>,
-    ) -> Result<Lease, AdapterError> {
+    ) -> Loaded {
         if let Some(error) = self.failed.get(&generation) {
             return Err(error);
         }
-        let hold = self.held.hold(generation, bytes)?;
-        let held = self.held.lock().entry(generation).weights.clone();
-        if let Some(weights) = held {
+        let mut memory = self.memory();
+        if let Some(weights) = memory.find(generation) {
+            let gone = memory.keep(&weights, self.bytes_max);
+            drop(memory);
+            drop(gone);
             self.hits.fetch_add(1, Ordering::Relaxed);
-            // Tells the cache's popularity counters, and puts the weights back where they were evicted.
-            let _cached = self.kept.get_with(generation, || Arc::clone(&weights));
-            return Ok(Lease::new(weights, hold));
+            return Ok(weights);
         }
-        let mut was_read = false;
-        let loaded = self.kept.try_get_with(generation, || {
-            was_read = true;
-            read().map(Arc::new)
-        });
-        let counter = if was_read { &self.misses } else { &self.hits };
-        counter.fetch_add(1, Ordering::Relaxed);
-        let weights = loaded.map_err(|error| {
-            let error = AdapterError::clone(&error);
-            if matches!(error, AdapterError::Corrupt { .. }) {
-                self.failed.insert(generation, error.clone());
-            }
-            error
-        })?;
-        // Two loads may have followed each other when the cache dropped the first at once: the first one stays.
-        let weights = Arc::clone(self.held.lock().entry(generation).weights.get_or_insert(weights));
-        Ok(Lease::new(weights, hold))
+        if let Some(flight) = memory.flights.get(&generation).map(Arc::clone) {
+            drop(memory);
+            self.hits.fetch_add(1, Ordering::Relaxed);
+            return flight.wait();
+        }
+        self.make_room(&mut memory, bytes)?;
+        memory.reading += bytes;
+        let flight = Arc::new(Flight::default());
+        memory.flights.insert(generation, Arc::clone(&flight));
+        drop(memory);
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        let mut landing = Landing { cache: self, generation, bytes, flight, loaded: None };
+        let loaded = read().map(Arc::new);
+        landing.loaded = Some(loaded.clone());
+        drop(landing);
+        loaded
     }
 
-    /// Keeps the leased generation in memory after its leases.
+    /// Sees to it that `bytes` more fit beside all that is alive, at the cache's expense.
+    fn make_room(&self, memory: &mut Memory, bytes: u64) -> Result<(), AdapterError> {
+        loop {
+            let taken = memory.alive_bytes() + memory.reading;
+            if taken + bytes <= 2 * self.bytes_max {
+                return Ok(());
+            }
+            if memory.evict().is_none() {
+                return Err(AdapterError::LimitReached {
+                    limit: "host_cache_bytes",
+                    max: self.bytes_max,
+                    reason: format!("adapters in use take {taken} bytes of twice this limit; {bytes} more do not fit"),
+                    passes: true,
+                });
+            }
+        }
+    }
+
+    fn landed(&self, generation: Generation, bytes: u64, loaded: &Loaded) {
+        if let Err(error @ AdapterError::Corrupt { .. }) = loaded {
+            self.failed.insert(generation, error.clone());
+        }
+        let mut memory = self.memory();
+        memory.reading -= bytes;
+        memory.flights.remove(&generation);
+        let Ok(weights) = loaded else { return };
+        memory.alive.insert(generation, (Arc::downgrade(weights), bytes));
+        let gone = memory.keep(weights, self.bytes_max);
+        drop(memory);
+        drop(gone);
+    }
+
+    /// Keeps weights in memory after those who use them. False where they are pinned already.
     ///
     /// # Errors
     /// Where pins would take more than half of `host_cache_bytes`, which requests need too.
-    pub(crate) fn pin(&self, lease: &Lease) -> Result<(), AdapterError> {
-        let mut state = self.held.lock();
-        let max = self.held.bytes_max / 2;
-        let pinned = state.pinned_bytes;
-        let entry = state.entry(lease.generation());
-        if entry.pinned {
-            return Ok(());
+    pub(crate) fn pin(&self, weights: &Arc<AdapterWeights>) -> Result<bool, AdapterError> {
+        let mut memory = self.memory();
+        let (pinned, max, bytes) = (memory.pinned_bytes(), self.bytes_max / 2, weights.byte_len() as u64);
+        if memory.pins.contains_key(&weights.generation) {
+            return Ok(false);
         }
-        let bytes = entry.bytes;
         if pinned + bytes > max {
             return Err(AdapterError::LimitReached {
                 limit: "host_cache_bytes / 2",
@@ -260,26 +246,22 @@ impl HostCache {
                 passes: false,
             });
         }
-        entry.pinned = true;
-        state.pinned_bytes += bytes;
-        Ok(())
+        memory.pins.insert(weights.generation, (Arc::clone(weights), bytes));
+        Ok(true)
     }
 
     /// Lets a pinned generation go again; nothing happens to one that is not pinned.
     pub(crate) fn unpin(&self, generation: Generation) {
-        let mut state = self.held.lock();
-        let Some(entry) = state.entries.get_mut(&generation).filter(|entry| entry.pinned) else { return };
-        entry.pinned = false;
-        state.pinned_bytes -= state.entries[&generation].bytes;
-        let released = state.release_if_unused(generation);
-        drop(state);
+        let released = self.memory().pins.remove(&generation);
+        // Freeing gigabytes takes a while: not under the lock.
         drop(released);
     }
 
-    /// Drops a generation that no alias names any more; its leases keep it for themselves.
+    /// Drops a generation that no alias names any more; who uses it keeps it.
     pub(crate) fn forget(&self, generation: Generation) {
         self.unpin(generation);
-        self.kept.invalidate(&generation);
+        let released = self.memory().take(generation);
+        drop(released);
         self.forgive(generation);
     }
 
@@ -288,26 +270,38 @@ impl HostCache {
         self.failed.invalidate(&generation);
     }
 
-    /// Leases on `generation`, and whether it is in memory.
-    pub(crate) fn status(&self, generation: Generation) -> (u32, bool) {
-        let state = self.held.lock();
-        let entry = state.entries.get(&generation);
-        let leases = entry.map_or(0, |entry| entry.leases);
-        let held = entry.is_some_and(|entry| entry.weights.is_some());
-        (leases, held || self.kept.contains_key(&generation))
+    /// Whether the weights of `generation` are in memory.
+    pub(crate) fn contains(&self, generation: Generation) -> bool {
+        self.memory().find(generation).is_some()
     }
 
     pub(crate) fn stats(&self) -> CacheStats {
-        self.kept.run_pending_tasks();
-        let state = self.held.lock();
+        let memory = self.memory();
         CacheStats {
-            cached_entries: self.kept.entry_count(),
-            cached_bytes: self.kept.weighted_size() * KIB,
-            held_entries: state.entries.len() as u64,
-            held_bytes: state.bytes,
-            leases: state.entries.values().map(|entry| u64::from(entry.leases)).sum(),
+            cached_entries: memory.kept.len() as u64,
+            cached_bytes: memory.kept_bytes,
+            held_entries: memory.pins.len() as u64,
+            held_bytes: memory.pinned_bytes(),
             hits: self.hits.load(Ordering::Relaxed),
             misses: self.misses.load(Ordering::Relaxed),
         }
+    }
+}
+
+/// Ends a read for those who wait for it, also where it panicked.
+struct Landing<'a> {
+    cache: &'a HostCache,
+    generation: Generation,
+    bytes: u64,
+    flight: Arc<Flight>,
+    loaded: Option<Loaded>,
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        let panicked = || Err(AdapterError::io("read the adapter")(std::io::Error::other("the reader panicked")));
+        let loaded = self.loaded.take().unwrap_or_else(panicked);
+        self.cache.landed(self.generation, self.bytes, &loaded);
+        self.flight.land(loaded);
     }
 }

@@ -61,6 +61,14 @@ pub enum AdapterError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The registry's database refused something or cannot be reached. UNAVAILABLE.
+    #[error("could not {action}: {source}")]
+    Database {
+        /// What was being done, in words.
+        action: &'static str,
+        /// The database's error.
+        source: Arc<sqlx::Error>,
+    },
     /// The store's disk refused something (full, failing, read-only). UNAVAILABLE.
     #[error("could not {action}: {source}")]
     Io {
@@ -92,7 +100,7 @@ impl AdapterError {
 impl Classify for AdapterError {
     fn is_retryable(&self) -> bool {
         match self {
-            Self::Io { .. } => true,
+            Self::Io { .. } | Self::Database { .. } => true,
             Self::LimitReached { passes, .. } => *passes,
             _ => false,
         }
@@ -100,7 +108,7 @@ impl Classify for AdapterError {
 
     fn fault(&self) -> Fault {
         match self {
-            Self::Io { .. } | Self::Corrupt { .. } => Fault::Server,
+            Self::Io { .. } | Self::Database { .. } | Self::Corrupt { .. } => Fault::Server,
             Self::LimitReached { passes, .. } if *passes => Fault::Server,
             _ => Fault::Client,
         }

@@ -1,16 +1,16 @@
 //! An opened folder as an adapter: configuration, tensors and how they fit the base model.
 
-use std::{collections::BTreeSet, fs::File, io::Read};
+use std::{collections::BTreeSet, fs::File, io::Read, sync::Arc};
 
-use openlora_types::{Generation, InvalidField, Limits, ModelShape, Module};
+use openlora_types::{AdapterSizes, Generation, InvalidField, Limits, ModelShape, Module, SiteSize};
 
 use crate::{
     config::{CONFIG_FILE, LoraConfig},
-    disk::{Known, Summary},
     error::AdapterError,
     folder::AdapterFolder,
     json::shown,
     matching::{self, Plan, PlannedSite},
+    registry::Summary,
     safetensors_file::{Dtype, Header, TENSORS_FILE, TensorEntry},
     weights,
 };
@@ -34,16 +34,25 @@ pub(crate) struct Parsed {
 }
 
 impl Parsed {
-    /// Reads the configuration and the tensors' header.
+    /// Reads the configuration and the tensors' header of a folder.
     pub(crate) fn read(folder: &AdapterFolder, shape: &ModelShape, limits: &Limits) -> Result<Self, AdapterError> {
         let (config, length) = folder.open(CONFIG_FILE, limits)?;
-        let mut text = Vec::with_capacity(length as usize);
+        Self::read_files((config, length), folder.open(TENSORS_FILE, limits)?, shape, limits)
+    }
+
+    /// As [`Self::read`], from the two files with their lengths.
+    pub(crate) fn read_files(
+        (config, length): (File, u64),
+        (file, bytes): (File, u64),
+        shape: &ModelShape,
+        limits: &Limits,
+    ) -> Result<Self, AdapterError> {
+        let mut text = Vec::with_capacity(length.min(limits.adapter_config_bytes_max as u64) as usize);
         // One byte more than the limit shows a file that grew since its size was checked.
         let most = limits.adapter_config_bytes_max as u64 + 1;
         config.take(most).read_to_end(&mut text).map_err(AdapterError::io(format!("read {CONFIG_FILE}")))?;
         let config = LoraConfig::parse(&text, limits)?;
-        let (file, length) = folder.open(TENSORS_FILE, limits)?;
-        let header = Header::read(&file, length, limits)?;
+        let header = Header::read(&file, bytes, limits)?;
         let (plan, problems) = matching::plan(&config, shape, &header, limits);
         Ok(Self { config, header, plan, problems, file })
     }
@@ -64,19 +73,30 @@ impl Parsed {
         weights::hash(&self.file, &self.header, &self.plan)
     }
 
-    pub(crate) fn known(&self) -> Result<Known, AdapterError> {
-        Ok(Known { generation: self.generation()?, summary: self.summary() })
-    }
-
-    fn summary(&self) -> Summary {
+    /// What is to be known of the adapter without opening its files.
+    pub(crate) fn summary(&self) -> Summary {
         let sites = &self.plan.sites;
         let modules: BTreeSet<Module> = sites.iter().map(|site| site.site.module).collect();
+        let sizes = AdapterSizes { sites: sites.iter().map(|site| self.site_size(site)).collect() };
         Summary {
+            sizes: Arc::new(sizes),
             rank_max: sites.iter().map(|site| site.rank as u32).max().unwrap_or(0),
             bytes: sites.iter().map(|site| self.site_bytes(site)).sum(),
-            sites: sites.len() as u32,
             dora: self.config.dora,
             modules: modules.into_iter().map(|module| module_name(module).to_owned()).collect(),
+        }
+    }
+
+    /// As `AdapterWeights::sizes` has it once the weights are read.
+    fn site_size(&self, site: &PlannedSite) -> SiteSize {
+        let shape = |index: usize| &self.header.tensors[index].shape;
+        SiteSize {
+            site: site.site,
+            rank: site.rank,
+            inputs: shape(site.a)[1],
+            outputs: shape(site.b)[0],
+            b_bias: site.b_bias.is_some(),
+            dora: site.magnitude.is_some(),
         }
     }
 

@@ -12,8 +12,9 @@ use tempfile::TempDir;
 use crate::{
     error::AdapterError,
     folder::{FILES, check_size, refuse_pickle},
+    info::{Actor, AdapterInfo, Registration},
     json::shown,
-    store::{Actor, AdapterInfo, Inner},
+    store::Inner,
 };
 
 /// Files on their way into the store. Dropping it removes what was sent.
@@ -21,7 +22,7 @@ pub struct Upload {
     staged: TempDir,
     alias: Alias,
     actor: Actor,
-    replace: bool,
+    registration: Registration,
     /// The file being written and its bytes so far.
     open: Option<(&'static str, File, u64)>,
     /// Files that were begun; none may be begun twice.
@@ -39,7 +40,12 @@ impl Drop for Permit {
 }
 
 impl Upload {
-    pub(crate) fn begin(inner: Arc<Inner>, alias: Alias, actor: Actor, replace: bool) -> Result<Self, AdapterError> {
+    pub(crate) fn begin(
+        inner: Arc<Inner>,
+        alias: Alias,
+        actor: Actor,
+        registration: Registration,
+    ) -> Result<Self, AdapterError> {
         let max = inner.limits.uploads_max;
         let running = inner.uploads.fetch_add(1, Ordering::AcqRel);
         let permit = Permit(inner);
@@ -51,8 +57,8 @@ impl Upload {
                 passes: true,
             });
         }
-        let staged = permit.0.disk.stage()?;
-        Ok(Self { staged, alias, actor, replace, open: None, begun: Vec::new(), permit })
+        let staged = permit.0.core.files.stage()?;
+        Ok(Self { staged, alias, actor, registration, open: None, begun: Vec::new(), permit })
     }
 
     /// Appends `data` to `file`, which is `adapter_config.json` or `adapter_model.safetensors`. The pieces of a file
@@ -88,8 +94,8 @@ impl Upload {
     /// # Errors
     /// As [`crate::AdapterStore::register_folder`]. Nothing is left behind.
     pub fn finish(self) -> Result<AdapterInfo, AdapterError> {
-        let Self { staged, alias, actor, replace, open, begun: _, permit } = self;
+        let Self { staged, alias, actor, registration, open, begun: _, permit } = self;
         drop(open);
-        permit.0.admit(staged, &alias, &actor, replace)
+        permit.0.admit(staged, &alias, &actor, &registration)
     }
 }

@@ -23,19 +23,19 @@ const DOMAIN: &[u8] = b"openlora adapter generation v1\0";
 /// Bytes read at a time.
 const PIECE: usize = 1 << 20;
 
-/// The code of a module in the encoding; never renumbered.
-fn module_code(module: Module) -> u8 {
-    match module {
-        Module::Q => 0,
-        Module::K => 1,
-        Module::V => 2,
-        Module::O => 3,
-        Module::Gate => 4,
-        Module::Up => 5,
-        Module::Down => 6,
-        Module::Embed => 7,
-        Module::LmHead => 8,
-    }
+/// The modules by their codes in the encoding; never renumbered.
+const MODULES: [Module; 9] =
+    [Module::Q, Module::K, Module::V, Module::O, Module::Gate, Module::Up, Module::Down, Module::Embed, Module::LmHead];
+
+/// The code of a module in the encoding.
+pub(crate) fn module_code(module: Module) -> u8 {
+    let found = MODULES.iter().position(|&known| known == module);
+    found.expect("every module has a code") as u8
+}
+
+/// The module of a code.
+pub(crate) fn module_of(code: u8) -> Option<Module> {
+    MODULES.get(usize::from(code)).copied()
 }
 
 fn dtype_code(dtype: Dtype) -> u8 {

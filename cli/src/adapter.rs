@@ -11,8 +11,8 @@ use openlora_adapters::{Inspection, inspect_folder};
 use openlora_model::ModelFiles;
 use openlora_proto::v1::upload_adapter_request::Part;
 use openlora_proto::v1::{
-    Adapter, GetAdapterRequest, ListAdaptersRequest, UnregisterAdapterRequest, UploadAdapterRequest, UploadChunk,
-    UploadHeader,
+    Adapter, GetAdapterRequest, Lineage, ListAdaptersRequest, UnregisterAdapterRequest, UploadAdapterRequest,
+    UploadChunk, UploadHeader,
 };
 use openlora_types::ModelShape;
 use serde_json::{Value, json};
@@ -25,7 +25,9 @@ use crate::{Global, load_config};
 #[derive(Subcommand)]
 pub(crate) enum AdapterCommand {
     /// Send a PEFT folder to the server and register it under an alias
-    #[command(after_help = "Example:\n  openlora adapter add acme/cwe ./my-peft-folder")]
+    #[command(
+        after_help = "Examples:\n  openlora adapter add acme/cwe ./my-peft-folder\n  openlora adapter add acme/cwe ./my-peft-folder --replace --tag security --training-run run-7"
+    )]
     Add(AddArgs),
     /// List the registered adapters
     #[command(after_help = "Example:\n  openlora adapter ls --json")]
@@ -52,6 +54,18 @@ pub(crate) struct AddArgs {
     /// Point an alias that is taken at the new adapter
     #[arg(long)]
     replace: bool,
+    /// A word to find it by; may be given several times
+    #[arg(long, value_name = "WORD")]
+    tag: Vec<String>,
+    /// Generation of the adapter that training started from
+    #[arg(long, value_name = "GENERATION")]
+    parent: Option<String>,
+    /// The training run that made it
+    #[arg(long, value_name = "RUN")]
+    training_run: Option<String>,
+    /// Data it was trained on; may be given several times
+    #[arg(long, value_name = "SNAPSHOT")]
+    snapshot: Vec<String>,
     #[command(flatten)]
     client: ClientArgs,
 }
@@ -121,7 +135,17 @@ async fn add(global: &Global, args: &AddArgs) -> Result<ExitCode> {
     let bar = bytes_bar(total, global.json);
     // Bounded: the file is read no faster than the server takes it.
     let (sender, receiver) = tokio::sync::mpsc::channel(4);
-    let header = UploadHeader { alias: args.alias.clone(), replace: Some(args.replace) };
+    let lineage = Lineage {
+        parent: args.parent.clone().unwrap_or_default(),
+        training_run: args.training_run.clone().unwrap_or_default(),
+        snapshots: args.snapshot.clone(),
+    };
+    let header = UploadHeader {
+        alias: args.alias.clone(),
+        replace: Some(args.replace),
+        tags: args.tag.clone(),
+        lineage: Some(lineage),
+    };
     let send = async {
         sender.send(UploadAdapterRequest { part: Some(Part::Header(header)) }).await.ok();
         for file in FILES {
@@ -209,21 +233,22 @@ async fn ls(global: &Global, args: &LsArgs) -> Result<ExitCode> {
     }
     let width = all.iter().map(|adapter| adapter.alias.len()).max().unwrap_or(0).max(5);
     println!(
-        "{:width$}  {:12}  {:>4}  {:>12}  {:5}  {:>6}  owner",
-        "alias", "generation", "rank", "bytes", "where", "leases"
+        "{:width$}  {:12}  {:>4}  {:>12}  {:5}  {:>6}  {:12}  tags",
+        "alias", "generation", "rank", "bytes", "where", "leases", "owner"
     );
     for adapter in &all {
         let residency = if adapter.in_host_cache { "host" } else { "disk" };
         let pinned = if adapter.pinned { "*" } else { "" };
         println!(
-            "{:width$}  {:12}  {:>4}  {:>12}  {:5}  {:>6}  {}",
+            "{:width$}  {:12}  {:>4}  {:>12}  {:5}  {:>6}  {:12}  {}",
             adapter.alias,
             adapter.generation.get(..12).unwrap_or_default(),
             adapter.rank_max,
             adapter.bytes,
             format!("{residency}{pinned}"),
             adapter.leases,
-            adapter.owner
+            adapter.owner,
+            adapter.tags.join(",")
         );
     }
     Ok(ExitCode::SUCCESS)
@@ -329,5 +354,11 @@ fn to_json(adapter: &Adapter) -> Value {
         "in_host_cache": adapter.in_host_cache,
         "leases": adapter.leases,
         "created_unix_s": adapter.created_unix_s,
+        "tags": adapter.tags,
+        "lineage": {
+            "parent": adapter.lineage.as_ref().map(|lineage| &lineage.parent),
+            "training_run": adapter.lineage.as_ref().map(|lineage| &lineage.training_run),
+            "snapshots": adapter.lineage.as_ref().map(|lineage| &lineage.snapshots),
+        },
     })
 }

@@ -130,6 +130,7 @@ fn leases(args: &BenchArgs, scratch: &std::path::Path, shape: ModelShape, count:
         data_dir: scratch.join("store"),
         allowed_roots: vec![scratch.to_owned()],
         host_cache_bytes: 4 << 30,
+        ..StoreConfig::default()
     };
     let store = Arc::new(AdapterStore::open(config, shape.clone(), limits.clone())?);
     let actor = Actor { name: "bench".into(), admin: true };

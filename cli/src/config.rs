@@ -73,6 +73,8 @@ pub(crate) struct Engine {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Adapters {
     pub(crate) data_dir: PathBuf,
+    pub(crate) database_url: String,
+    pub(crate) store_url: String,
     pub(crate) allowed_roots: Vec<PathBuf>,
     pub(crate) host_cache_bytes: u64,
 }

@@ -47,8 +47,9 @@ pub(crate) fn run(global: &Global, _args: &DoctorArgs) -> Result<ExitCode> {
                     note("model", Ok(detail));
                     let outcome = adapters(&config, &files);
                     running = outcome.as_ref().is_ok_and(|found| found.is_none());
-                    let in_use = "in use by a running server; `openlora adapter ls` asks it";
-                    note("adapters", outcome.map(|found| found.unwrap_or_else(|| in_use.to_owned())));
+                    for (what, outcome) in adapter_lines(&config, outcome) {
+                        note(what, outcome);
+                    }
                 }
                 Err(error) => note("model", Err(error)),
             }
@@ -125,12 +126,42 @@ fn adapters(config: &Config, files: &Arc<ModelFiles>) -> Result<Option<String>> 
         std::fs::canonicalize(root).with_context(|| format!("adapters.allowed_roots: {}", root.display()))?;
     }
     match serve::open_store(config, files) {
-        Ok(store) => Ok(Some(format!("{} registered in {}", store.stats().registered, settings.data_dir.display()))),
+        Ok(store) => Ok(Some(format!("{} registered", store.stats().registered))),
         Err(error) => match error.downcast_ref::<AdapterError>() {
             Some(AdapterError::Io { source, .. }) if source.kind() == std::io::ErrorKind::ResourceBusy => Ok(None),
             _ => Err(error),
         },
     }
+}
+
+/// One line each for the adapters, their database and their store; an error stands on the line of what is broken.
+fn adapter_lines(config: &Config, outcome: Result<Option<String>>) -> Vec<(&'static str, Result<String>)> {
+    let settings = &config.adapters;
+    // The URL itself may hold a password.
+    let database = match settings.database_url.split(':').next().unwrap_or_default() {
+        "" => format!("SQLite, {}", settings.data_dir.join("registry.db").display()),
+        kind => format!("{kind}, by adapters.database_url"),
+    };
+    let store = match settings.store_url.as_str() {
+        "" => format!("folder {}", settings.data_dir.join("adapters").display()),
+        url => url.to_owned(),
+    };
+    let in_use = "in use by a running server; `openlora adapter ls` asks it";
+    let error = match outcome {
+        Ok(found) => {
+            let found = found.unwrap_or_else(|| in_use.to_owned());
+            return vec![("database", Ok(database)), ("store", Ok(store)), ("adapters", Ok(found))];
+        }
+        Err(error) => error,
+    };
+    let broken = match error.downcast_ref::<AdapterError>() {
+        Some(AdapterError::Database { .. }) => "database",
+        Some(AdapterError::Io { .. }) => "store",
+        Some(AdapterError::Invalid(field)) if field.field == "adapters.database_url" => "database",
+        Some(AdapterError::Invalid(field)) if field.field == "adapters.store_url" => "store",
+        _ => "adapters",
+    };
+    vec![(broken, Err(error))]
 }
 
 fn keys(config: &Config) -> Result<String> {

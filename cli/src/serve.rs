@@ -142,6 +142,8 @@ impl BaseRows for Base {
 pub(crate) fn open_store(config: &Config, files: &Arc<ModelFiles>) -> Result<AdapterStore> {
     let adapters = StoreConfig {
         data_dir: config.adapters.data_dir.clone(),
+        database_url: config.adapters.database_url.clone(),
+        store_url: config.adapters.store_url.clone(),
         allowed_roots: config.adapters.allowed_roots.clone(),
         host_cache_bytes: config.adapters.host_cache_bytes,
     };

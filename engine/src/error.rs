@@ -1,4 +1,3 @@
-use std::sync::Arc;
 use std::time::Duration;
 
 use openlora_adapters::AdapterError;
@@ -28,7 +27,7 @@ pub enum EngineError {
     Adapter(String),
     /// The adapter's file cannot be read or is not what was registered.
     #[error(transparent)]
-    AdapterFile(Arc<AdapterError>),
+    Load(#[from] AdapterError),
     /// The tenant has as many requests waiting as one may have.
     #[error(
         "{waiting} requests of this tenant wait already, the limit waiting_requests_per_tenant_max is {max}; retry in {retry_after:?}"
@@ -77,14 +76,14 @@ impl Classify for EngineError {
     fn is_retryable(&self) -> bool {
         match self {
             Self::QueueFull { .. } | Self::TenantQueueFull { .. } | Self::SlowReader { .. } | Self::Draining | Self::Dead(_) => true,
-            Self::AdapterFile(error) => error.is_retryable(),
+            Self::Load(error) => error.is_retryable(),
             _ => false,
         }
     }
     fn fault(&self) -> Fault {
         match self {
             Self::Invalid(_) | Self::Adapter(_) | Self::SlowReader { .. } | Self::DeadlineExceeded => Fault::Client,
-            Self::AdapterFile(error) => error.fault(),
+            Self::Load(error) => error.fault(),
             Self::TenantQueueFull { .. } => Fault::Client,
             _ => Fault::Server,
         }

@@ -4,7 +4,6 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use openlora_adapters::Lease;
@@ -17,11 +16,11 @@ use crate::EngineError;
 /// Threads that load.
 const THREADS: usize = 2;
 
-/// The loading threads and what they have brought. They end with it.
+/// The way to the loading threads and what they have brought. They end after it, each with the load it is at: nobody waits
+/// for a slow disk to shut down.
 pub(crate) struct Loader<B: Backend> {
-    jobs: Option<SyncSender<Job<B>>>,
+    jobs: SyncSender<Job<B>>,
     loaded: Receiver<Loaded<B::Adapter>>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 struct Job<B: Backend> {
@@ -42,16 +41,14 @@ impl<B: Backend> Loader<B> {
         let (jobs, todo) = sync_channel(loading_max);
         let (done, loaded) = channel();
         let todo = Arc::new(Mutex::new(todo));
-        let mut threads = Vec::with_capacity(THREADS);
         for number in 0..THREADS {
             let (model, todo, done) = (Arc::clone(model), Arc::clone(&todo), done.clone());
-            let thread = std::thread::Builder::new()
+            std::thread::Builder::new()
                 .name(format!("openlora-load-{number}"))
                 .spawn(move || work(&model, &todo, &done))
                 .map_err(|error| EngineError::Start(format!("loading thread: {error}")))?;
-            threads.push(thread);
         }
-        Ok(Self { jobs: Some(jobs), loaded, threads })
+        Ok(Self { jobs, loaded })
     }
 
     /// Begins a load.
@@ -59,8 +56,7 @@ impl<B: Backend> Loader<B> {
     /// # Panics
     /// When more are under way than the loader was started for.
     pub(crate) fn begin(&self, lease: Lease, pages: B::PageSet) {
-        let jobs = self.jobs.as_ref().expect("only dropping closes the queue");
-        assert!(jobs.try_send(Job { lease, pages }).is_ok(), "the scheduler bounds the loads under way");
+        assert!(self.jobs.try_send(Job { lease, pages }).is_ok(), "the scheduler bounds the loads under way");
     }
 
     /// The next load that has ended.
@@ -73,16 +69,6 @@ impl<B: Backend> Loader<B> {
         match self.loaded.recv_timeout(longest) {
             Ok(loaded) => Some(loaded),
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
-    }
-}
-
-impl<B: Backend> Drop for Loader<B> {
-    fn drop(&mut self) {
-        self.jobs = None;
-        for thread in self.threads.drain(..) {
-            // It catches the panics of loads.
-            let _ = thread.join();
         }
     }
 }
@@ -103,6 +89,6 @@ fn work<B: Backend>(model: &Model<B>, todo: &Mutex<Receiver<Job<B>>>, done: &Sen
 }
 
 fn load<B: Backend>(model: &Model<B>, lease: &Lease, pages: B::PageSet) -> Result<B::Adapter, EngineError> {
-    let weights = lease.load().map_err(|error| EngineError::AdapterFile(Arc::new(error)))?;
+    let weights = lease.load()?;
     model.load_adapter(&weights, pages).map_err(|error| EngineError::Adapter(error.to_string()))
 }

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use openlora_adapters::{AdapterError, AdapterInfo, AdapterStore};
+use openlora_adapters::{AdapterError, AdapterInfo, AdapterStore, Lineage, Registration};
 use openlora_proto::v1 as wire;
 use openlora_proto::v1::adapters_server::Adapters;
 use openlora_types::{Alias, Generation, InvalidField};
@@ -51,9 +51,9 @@ impl Adapters for AdaptersService {
         let alias = self.alias(&request.alias)?;
         caller.check_namespace(&alias)?;
         let path = path(request.path).map_err(ServerError::from)?;
-        let replace = request.replace.unwrap_or(false);
+        let registration = registration(request.replace, request.tags, request.lineage).map_err(ServerError::from)?;
         let actor = caller.actor();
-        let info = self.store(move |store| store.register_folder(&alias, &path, &actor, replace)).await?;
+        let info = self.store(move |store| store.register_folder(&alias, &path, &actor, registration)).await?;
         changed("registered", &info);
         Ok(Response::new(adapter(info)))
     }
@@ -70,8 +70,10 @@ impl Adapters for AdaptersService {
     }
 
     async fn get(&self, request: Request<wire::GetAdapterRequest>) -> Result<Response<wire::Adapter>, Status> {
-        let alias = self.alias(&request.into_inner().alias)?;
-        let info = self.store(move |store| store.get(alias.as_str())).await?;
+        let (caller, request) = split(request)?;
+        let alias = self.alias(&request.alias)?;
+        let actor = caller.actor();
+        let info = self.store(move |store| store.get(alias.as_str(), &actor)).await?;
         Ok(Response::new(adapter(info)))
     }
 
@@ -79,7 +81,7 @@ impl Adapters for AdaptersService {
         &self,
         request: Request<wire::ListAdaptersRequest>,
     ) -> Result<Response<wire::ListAdaptersResponse>, Status> {
-        let request = request.into_inner();
+        let (caller, request) = split(request)?;
         let page_size = request.page_size.unwrap_or(PAGE_SIZE_DEFAULT);
         if page_size == 0 || page_size > PAGE_SIZE_MAX {
             let why = format!("is {page_size}; it must be from 1 to {PAGE_SIZE_MAX}");
@@ -92,7 +94,9 @@ impl Adapters for AdaptersService {
         };
         let wanted = page_size as usize;
         // One more than asked for tells whether there is a next page.
-        let mut infos = self.store(move |store| Ok(store.list(after.as_ref().map(Alias::as_str), wanted + 1))).await?;
+        let actor = caller.actor();
+        let page = move |store: &AdapterStore| store.list(&actor, after.as_ref().map(Alias::as_str), wanted + 1);
+        let mut infos = self.store(page).await?;
         let more = infos.len() > wanted;
         infos.truncate(wanted);
         let next = infos.last().filter(|_| more).map(|info| info.alias.clone());
@@ -150,6 +154,21 @@ fn split<T>(request: Request<T>) -> Result<(Caller, T), ServerError> {
     Ok((caller, message))
 }
 
+/// How an adapter is to be registered. What tags and lineage may hold is the store's to say.
+pub(crate) fn registration(
+    replace: Option<bool>,
+    tags: Vec<String>,
+    lineage: Option<wire::Lineage>,
+) -> Result<Registration, InvalidField> {
+    let lineage = lineage.unwrap_or_default();
+    let parent = match lineage.parent.as_str() {
+        "" => None,
+        text => Some(parse_generation("lineage.parent", text)?),
+    };
+    let lineage = Lineage { parent, training_run: lineage.training_run, snapshots: lineage.snapshots };
+    Ok(Registration { replace: replace.unwrap_or(false), tags, lineage })
+}
+
 /// The path as a path. Whether it is under an allowed root is the store's to say, after resolving links.
 fn path(text: String) -> Result<PathBuf, InvalidField> {
     if text.is_empty() {
@@ -180,5 +199,11 @@ fn adapter(info: AdapterInfo) -> wire::Adapter {
         created_unix_s: info.created_unix_s,
         dora: info.dora,
         modules: info.modules,
+        tags: info.tags,
+        lineage: Some(wire::Lineage {
+            parent: info.lineage.parent.map(|parent| parent.to_string()).unwrap_or_default(),
+            training_run: info.lineage.training_run,
+            snapshots: info.lineage.snapshots,
+        }),
     }
 }

@@ -135,7 +135,7 @@ fn adapter(error: &AdapterError) -> Answer {
             let text = format!("the stored files of generation {generation} are damaged; register the adapter again");
             Answer::new(Code::Internal, "ADAPTER_DAMAGED", text).resource("adapter", &generation.to_string())
         }
-        AdapterError::Io { .. } => Answer::new(
+        AdapterError::Io { .. } | AdapterError::Database { .. } => Answer::new(
             Code::Unavailable,
             "STORE_UNAVAILABLE",
             "the adapter store is not available; the server's log says why",
@@ -149,11 +149,11 @@ fn engine(error: &EngineError) -> Answer {
     let text = error.to_string();
     match error {
         EngineError::Invalid(field) => invalid(field),
+        EngineError::Load(error) => adapter(error),
         EngineError::Adapter(reason) => invalid(&InvalidField::new("adapter", format!("cannot be served: {reason}"))),
         EngineError::QueueFull { max, retry_after, .. } => Answer::new(Code::ResourceExhausted, "QUEUE_FULL", text)
             .quota("waiting_requests_max", max)
             .retry(*retry_after),
-        EngineError::AdapterFile(error) => adapter(error),
         EngineError::TenantQueueFull { max, retry_after, .. } => Answer::new(Code::ResourceExhausted, "TENANT_QUEUE_FULL", text)
             .quota("waiting_requests_per_tenant_max", max)
             .retry(*retry_after),

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use openlora_adapters::{AdapterInfo, Upload};
+use openlora_adapters::{AdapterInfo, Registration, Upload};
 use openlora_proto::v1 as wire;
 use openlora_proto::v1::upload_adapter_request::Part;
 use openlora_types::{Alias, InvalidField, Limits};
@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use tonic::Streaming;
 
 use crate::ServerError;
+use crate::adapters::registration;
 use crate::app::State;
 use crate::auth::Caller;
 use crate::edge::transport_error;
@@ -159,7 +160,7 @@ pub(crate) async fn receive(
     })?;
     let mut incoming =
         Incoming { stream, state: Arc::clone(state), until: Instant::now() + state.config.upload_timeout };
-    let (alias, replace) = header(incoming.next().await?, limits)?;
+    let (alias, registration) = header(incoming.next().await?, limits)?;
     caller.check_namespace(&alias)?;
 
     let (work, inbox) = mpsc::channel(CHUNKS_IN_FLIGHT);
@@ -167,7 +168,7 @@ pub(crate) async fn receive(
     let actor = caller.actor();
     let writer = tokio::task::spawn_blocking(move || {
         let _permit = permit;
-        write(store.begin_upload(&alias, &actor, replace)?, inbox)
+        write(store.begin_upload(&alias, &actor, registration)?, inbox)
     });
     let mut order = Order::default();
     let sent = async {
@@ -189,10 +190,11 @@ pub(crate) async fn receive(
     written?.ok_or(ServerError::Internal("an upload ended without a result"))
 }
 
-fn header(first: Option<wire::UploadAdapterRequest>, limits: &Limits) -> Result<(Alias, bool), ServerError> {
+fn header(first: Option<wire::UploadAdapterRequest>, limits: &Limits) -> Result<(Alias, Registration), ServerError> {
     match first.and_then(|message| message.part) {
         Some(Part::Header(header)) => {
-            Ok((Alias::parse("header.alias", &header.alias, limits)?, header.replace.unwrap_or(false)))
+            let alias = Alias::parse("header.alias", &header.alias, limits)?;
+            Ok((alias, registration(header.replace, header.tags, header.lineage)?))
         }
         _ => Err(InvalidField::new("header", "must be the first part").into()),
     }
@@ -261,9 +263,9 @@ mod tests {
         let limits = Limits::default();
         let message = |part| Some(wire::UploadAdapterRequest { part });
         let with_alias =
-            |alias: &str| message(Some(Part::Header(wire::UploadHeader { alias: alias.into(), replace: None })));
-        let (alias, replace) = header(with_alias("acme/cwe"), &limits).expect("a header");
-        assert_eq!((alias.as_str(), replace), ("acme/cwe", false));
+            |alias: &str| message(Some(Part::Header(wire::UploadHeader { alias: alias.into(), ..Default::default() })));
+        let (alias, registration) = header(with_alias("acme/cwe"), &limits).expect("a header");
+        assert_eq!((alias.as_str(), registration), ("acme/cwe", Registration::default()));
         for (first, field) in [
             (None, "header"),
             (message(None), "header"),

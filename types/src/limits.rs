@@ -49,6 +49,16 @@ pub struct Limits {
     pub regex_bytes_max: usize,
     /// Aliases registered at once.
     pub adapters_max: usize,
+    /// Aliases of one owner, where no quota of their own says otherwise.
+    pub owner_adapters_max: u64,
+    /// Bytes in memory of what the aliases of one owner stand for, where no quota of their own says otherwise.
+    pub owner_bytes_max: u64,
+    /// Tags of an adapter, and training data named in its lineage, each.
+    pub tags_max: usize,
+    /// Bytes of one tag, or of one name in a lineage.
+    pub tag_bytes_max: usize,
+    /// Aliases whose generation is remembered between requests, so that the registry is not asked again.
+    pub names_cached_max: u64,
     /// Earlier generations an alias remembers, so that it can be pointed back at one.
     pub alias_history_max: usize,
     /// Corrupt generations remembered, so that each is not read from the disk again for every request.
@@ -100,6 +110,11 @@ impl Default for Limits {
             adapter_list_max: 8_192,
             regex_bytes_max: 8_192,
             adapters_max: 100_000,
+            owner_adapters_max: 100_000,
+            owner_bytes_max: 1 << 40,
+            tags_max: 16,
+            tag_bytes_max: 128,
+            names_cached_max: 1_024,
             alias_history_max: 4,
             adapter_failures_max: 1_024,
             adapter_failure_ttl_s: 10,

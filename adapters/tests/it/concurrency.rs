@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Mutex};
 
-use openlora_adapters::AdapterError;
+use openlora_adapters::{AdapterError, Lease};
 use openlora_types::{AdapterWeights, Generation, Limits};
 
 use crate::make::{Adapter, Bench, actor, alias};
@@ -32,9 +32,14 @@ fn leases_reach_zero_and_weights_are_always_their_generations() {
         let first = seen.entry(weights.generation).or_insert_with(|| weights.clone());
         assert_eq!(first, weights);
     };
+    let load = |lease: &Lease| match lease.load() {
+        Ok(weights) => check(&weights),
+        Err(AdapterError::LimitReached { .. }) => {}
+        Err(error) => panic!("{error}"),
+    };
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
-            let (bench, paths, check) = (&bench, &paths, &check);
+            let (bench, paths, load) = (&bench, &paths, &load);
             scope.spawn(move || {
                 let (mut state, mut leases) = (thread + 1, Vec::new());
                 for _ in 0..STEPS {
@@ -48,17 +53,18 @@ fn leases_reach_zero_and_weights_are_always_their_generations() {
                             leases.clear();
                             Ok(())
                         }
-                        _ => bench.store.resolve(&name).map(|lease| {
-                            check(lease.weights());
-                            leases.push(lease.clone());
-                        }),
+                        // A lease may be older than its use: the files wait for it.
+                        _ => bench.store.resolve(&name).map(|lease| leases.push(lease.clone())),
                     };
+                    if next(&mut state).is_multiple_of(3) {
+                        leases.iter().for_each(load);
+                    }
                     match done {
                         Ok(()) | Err(AdapterError::NotFound { .. } | AdapterError::LimitReached { .. }) => {}
                         Err(error) => panic!("{error}"),
                     }
                 }
-                leases.iter().for_each(|lease| check(lease.weights()));
+                leases.iter().for_each(load);
             });
         }
     });
@@ -68,6 +74,74 @@ fn leases_reach_zero_and_weights_are_always_their_generations() {
     let stats = bench.store.stats();
     assert_eq!((stats.leases, stats.held_entries, stats.held_bytes), (0, 0, 0));
     assert_eq!((stats.registered, stats.generations), (0, 0));
+    let bench = bench.reopen();
     assert_eq!((bench.generations(), bench.staged()), (0, 0));
     assert!(seen.into_inner().expect("no thread panicked").len() == 6 && stats.misses > 0);
+}
+
+#[test]
+fn of_many_that_expect_the_same_generation_one_points_the_alias() {
+    let bench = Bench::new();
+    let name = alias("a");
+    let generations: Vec<_> = (0..=THREADS)
+        .map(|seed| {
+            let path = bench.write("a", &Adapter::qv(1, seed));
+            let other = alias(&format!("n{seed}"));
+            bench.store.register_folder(&other, &path, &actor("o"), false).expect("registered").generation
+        })
+        .collect();
+    bench.store.set_alias(&name, generations[0], None, &actor("o")).expect("new");
+    let mut current = generations[0];
+    for round in 0..8 {
+        let barrier = std::sync::Barrier::new(THREADS as usize);
+        let won: Vec<_> = std::thread::scope(|scope| {
+            let tries: Vec<_> = generations
+                .iter()
+                .filter(|wanted| **wanted != current)
+                .map(|&wanted| {
+                    let (barrier, store, name) = (&barrier, &bench.store, &name);
+                    scope.spawn(move || {
+                        barrier.wait();
+                        match store.set_alias(name, wanted, Some(current), &actor("o")) {
+                            Ok(info) => Some(info.generation),
+                            Err(AdapterError::Conflict { .. }) => None,
+                            Err(error) => panic!("{error}"),
+                        }
+                    })
+                })
+                .collect();
+            tries.into_iter().filter_map(|thread| thread.join().expect("no panic")).collect()
+        });
+        assert_eq!(won.len(), 1, "round {round}");
+        current = won[0];
+        assert_eq!(bench.store.resolve("a").expect("resolved").generation(), current);
+    }
+}
+
+#[test]
+fn of_many_that_register_a_new_alias_one_owns_it() {
+    let bench = Bench::new();
+    let path = bench.write("a", &Adapter::qv(1, 1));
+    let barrier = std::sync::Barrier::new(THREADS as usize);
+    let owners: Vec<_> = std::thread::scope(|scope| {
+        let tries: Vec<_> = (0..THREADS)
+            .map(|i| {
+                let (barrier, store, path) = (&barrier, &bench.store, &path);
+                scope.spawn(move || {
+                    barrier.wait();
+                    match store.register_folder(&alias("a"), path, &actor(&format!("o{i}")), false) {
+                        Ok(info) => Some(info.owner),
+                        Err(AdapterError::AlreadyExists { .. }) => None,
+                        Err(error) => panic!("{error}"),
+                    }
+                })
+            })
+            .collect();
+        tries.into_iter().filter_map(|thread| thread.join().expect("no panic")).collect()
+    });
+    assert_eq!((owners.len(), bench.info("a").owner.as_str()), (1, owners[0].as_str()));
+    let stats = bench.store.stats();
+    assert_eq!((stats.registered, stats.generations), (1, 1));
+    let bench = bench.reopen();
+    assert_eq!((bench.generations(), bench.staged()), (1, 0), "the others left nothing");
 }

@@ -192,8 +192,12 @@ fn every_fixture_is_in_the_table() {
 }
 
 fn store(dir: &TempDir, shape: ModelShape) -> AdapterStore {
-    let config =
-        StoreConfig { data_dir: dir.path().join("data"), allowed_roots: vec![fixtures()], host_cache_bytes: 256 << 20 };
+    let config = StoreConfig {
+        data_dir: dir.path().join("data"),
+        allowed_roots: vec![fixtures()],
+        host_cache_bytes: 256 << 20,
+        ..StoreConfig::default()
+    };
     AdapterStore::open(config, shape, Limits::default()).expect("the store opens")
 }
 
@@ -215,7 +219,8 @@ fn resolved_weights_are_the_files_own_bytes() {
         let name = alias(folder);
         let info = store.register_folder(&name, &path, &admin, false).expect(folder);
         let lease = store.resolve(folder).expect(folder);
-        let weights = lease.weights();
+        let weights = lease.load().expect(folder);
+        assert_eq!(**lease.sizes(), weights.sizes(), "{folder}: sizes are known without the weights");
         assert_eq!((weights.generation, weights.byte_len() as u64), (info.generation, info.bytes), "{folder}");
         let raw = fs::read(path.join("adapter_model.safetensors")).expect(folder);
         let file = SafeTensors::deserialize(&raw).expect(folder);
@@ -302,7 +307,7 @@ fn a_copy_of_the_base_weights_is_accepted_only_where_it_equals_the_base() {
             store = store.with_base(Arc::new(base));
         }
         let registered = store.register_folder(&name, &path, &admin, false);
-        registered.and_then(|_| store.resolve("copies").map(|lease| lease.weights().sites.len()))
+        registered.and_then(|_| store.resolve("copies")?.load().map(|weights| weights.sites.len()))
     };
     assert!(register(Some(Rows::read(&model, 0.0))).expect("the copies are the base's") >= 2);
     let without = register(None).expect_err("nobody to ask").to_string();

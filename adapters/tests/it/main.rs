@@ -9,4 +9,5 @@ mod fuzz;
 mod generation;
 mod make;
 mod refusals;
+mod registry;
 mod store;

@@ -1,10 +1,11 @@
 //! Adapters made by hand, byte by byte, for a base model small enough to think about.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::Arc};
 
-use openlora_adapters::{Actor, AdapterStore, StoreConfig};
-use openlora_types::{Alias, Limits, ModelShape};
+use openlora_adapters::{Actor, AdapterError, AdapterInfo, AdapterStore, StoreConfig};
+use openlora_types::{AdapterWeights, Alias, Limits, ModelShape};
 use serde_json::{Value, json};
+use sqlx::{Connection as _, Executor as _};
 use tempfile::TempDir;
 
 /// Two layers, 8 wide, two heads of 4, one key and value head, tied.
@@ -180,6 +181,16 @@ impl Bench {
         path
     }
 
+    /// What `name` stands for, as an administrator sees it.
+    pub(crate) fn info(&self, name: &str) -> AdapterInfo {
+        self.store.get(name, &admin()).expect("registered")
+    }
+
+    /// The weights of what `name` stands for.
+    pub(crate) fn load(&self, name: &str) -> Result<Arc<AdapterWeights>, AdapterError> {
+        self.store.resolve(name)?.load()
+    }
+
     pub(crate) fn data(&self) -> std::path::PathBuf {
         self.dir.path().join("data")
     }
@@ -189,15 +200,52 @@ impl Bench {
         entries(&self.data().join("staging")).len()
     }
 
+    /// The folder of a generation's files, where there is one.
+    pub(crate) fn location(&self, generation: openlora_types::Generation) -> String {
+        let mut found = entries(&self.data().join("adapters"));
+        found.retain(|name| name.starts_with(&generation.to_string()));
+        assert_eq!(found.len(), 1, "{found:?}");
+        found.remove(0)
+    }
+
     /// Generations on the disk.
     pub(crate) fn generations(&self) -> usize {
         entries(&self.data().join("adapters")).len()
     }
 }
 
+pub(crate) fn config(dir: &Path, host_cache_bytes: u64) -> StoreConfig {
+    StoreConfig {
+        data_dir: dir.join("data"),
+        database_url: postgres_schema(dir).unwrap_or_default(),
+        store_url: String::new(),
+        allowed_roots: vec![dir.join("root")],
+        host_cache_bytes,
+    }
+}
+
 pub(crate) fn open(dir: &Path, limits: Limits, host_cache_bytes: u64) -> AdapterStore {
-    let config = StoreConfig { data_dir: dir.join("data"), allowed_roots: vec![dir.join("root")], host_cache_bytes };
-    AdapterStore::open(config, shape(), limits).expect("the store opens")
+    AdapterStore::open(config(dir, host_cache_bytes), shape(), limits).expect("the store opens")
+}
+
+/// Runs statements in the database at `url`.
+pub(crate) fn sql(url: &str, statements: &str) {
+    sqlx::any::install_default_drivers();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let mut connection = sqlx::AnyConnection::connect(url).await.expect("connected");
+        connection.execute(statements).await.expect(statements);
+        connection.close().await.expect("closed");
+    });
+}
+
+/// Where `OPENLORA_TEST_POSTGRES` has a URL the same tests run on PostgreSQL, each folder in a schema of its own.
+pub(crate) fn postgres_schema(dir: &Path) -> Option<String> {
+    let url = std::env::var("OPENLORA_TEST_POSTGRES").ok()?;
+    let letters: String = dir.to_string_lossy().chars().filter(char::is_ascii_alphanumeric).collect();
+    let schema = format!("t_{}", letters.to_ascii_lowercase());
+    sql(&url, &format!("CREATE SCHEMA IF NOT EXISTS {schema}"));
+    Some(format!("{url}?options=-c%20search_path%3D{schema}"))
 }
 
 pub(crate) fn entries(dir: &Path) -> Vec<String> {
@@ -212,4 +260,8 @@ pub(crate) fn alias(text: &str) -> Alias {
 
 pub(crate) fn actor(name: &str) -> Actor {
     Actor { name: name.into(), admin: false }
+}
+
+pub(crate) fn admin() -> Actor {
+    Actor { name: "root".into(), admin: true }
 }

@@ -45,7 +45,7 @@ async fn a_killed_server_comes_back_with_whole_adapters_only() {
             let (sender, receiver) = tokio::sync::mpsc::channel(4);
             use openlora_proto::v1::upload_adapter_request::Part;
             use openlora_proto::v1::{UploadAdapterRequest, UploadChunk, UploadHeader};
-            let header = UploadHeader { alias: "admin/half".into(), replace: None };
+            let header = UploadHeader { alias: "admin/half".into(), ..Default::default() };
             let chunk = UploadChunk { file: "adapter_config.json".into(), data: b"{".to_vec() };
             for part in [Part::Header(header), Part::Chunk(chunk)] {
                 sender.send(UploadAdapterRequest { part: Some(part) }).await.expect("sent");

@@ -221,7 +221,7 @@ impl Client {
 
     /// Uploads a fixture's folder.
     pub(crate) async fn upload(&self, alias: &str, folder: &str, replace: bool) -> Result<Adapter, Status> {
-        let mut parts = vec![Part::Header(UploadHeader { alias: alias.into(), replace: Some(replace) })];
+        let mut parts = vec![Part::Header(UploadHeader { alias: alias.into(), replace: Some(replace), ..Default::default() })];
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             let data = std::fs::read(fixtures().join(folder).join(file)).expect("a fixture");
             for part in data.chunks(100_000) {

@@ -11,7 +11,6 @@ use openlora_scheduler::SchedulerConfig;
 use openlora_types::{Alias, Limits, Priority, TenantId};
 
 use super::*;
-use crate::engine::load_adapter;
 use crate::{OutputStream, Submit};
 
 const BLOCK: usize = 16;
@@ -23,7 +22,7 @@ const MEASURED: usize = 50;
 
 struct Bench {
     state: StepThread<Cpu>,
-    commands: mpsc::Sender<Command<<Cpu as Backend>::Adapter>>,
+    commands: mpsc::Sender<Command>,
     readers: Vec<OutputStream>,
 }
 
@@ -36,33 +35,36 @@ impl Bench {
         let model = Model::load(Arc::clone(&backend), Arc::new(files), &options, &mut |_, _| ()).expect("it loads");
         let config = SchedulerConfig {
             block_size: BLOCK,
-            num_blocks: 200,
+            num_pages: 600,
             max_num_seqs: 16,
             max_num_batched_tokens: options.max_rows,
             ..SchedulerConfig::default()
         };
-        let kv = backend.new_pages(model.attention_spec(), model.layers(), config.num_blocks).expect("memory");
+        let pool = backend.new_pages(model.attention_spec(), model.layers(), config.num_pages).expect("memory");
+        let model = Arc::new(model);
+        let loader = Loader::start(&model, config.max_loading).expect("threads");
         let (commands, incoming) = mpsc::channel(16);
-        let board = Arc::new(Board { stats: Default::default(), stopping: Default::default() });
-        let state = StepThread::new(Arc::new(model), Scheduler::new(config), kv, incoming, board).expect("memory");
+        let board = Arc::new(Board::default());
+        let state = StepThread::new(&model, Scheduler::new(config), (pool, loader), incoming, board, None);
+        let state = state.expect("memory");
         Self { state, commands, readers: Vec::new() }
     }
 
-    fn submit(&mut self, params: SamplingParams, adapter: Option<&(Lease, Arc<Resident<<Cpu as Backend>::Adapter>>)>) {
+    fn submit(&mut self, params: SamplingParams, lease: Option<&Lease>) {
         let prompt = (3..12 + self.readers.len() as Token).collect();
         let (sender, events) = mpsc::channel(64);
         let control = Arc::new(Control::default());
         let submit = Submit {
             tenant: TenantId("tests".into()),
-            lease: adapter.map(|(lease, _)| lease.clone()),
+            lease: lease.cloned(),
             prompt,
             sampling: SamplingParams { max_tokens: MAX_TOKENS, ignore_eos: true, ..params },
             priority: Priority::Normal,
             deadline: None,
             cache_salt: String::new(),
         };
-        let adapter = adapter.map(|(_, resident)| Arc::clone(resident));
-        let incoming = Incoming { submit, adapter, events: sender, control: Arc::clone(&control) };
+        let pages = lease.map_or(0, |lease| self.state.model.adapter_pages(lease.sizes()).expect("it fits"));
+        let incoming = Incoming { submit, pages, events: sender, control: Arc::clone(&control) };
         assert!(self.commands.try_send(Command::Submit(Box::new(incoming))).is_ok(), "there is room");
         self.readers.push(OutputStream { events, control, complete: false });
     }
@@ -71,7 +73,13 @@ impl Bench {
     fn turn(&mut self) -> usize {
         assert!(self.state.receive());
         self.state.reap();
-        assert!(self.state.step().expect("the step succeeds"), "there is work");
+        while !self.state.step().expect("the step succeeds") {
+            let loaded = self.state.loader.wait(Duration::from_secs(60)).expect("what is not work waits for a load");
+            self.state.settle(loaded);
+        }
+        while let Some(loaded) = self.state.loader.poll() {
+            self.state.settle(loaded);
+        }
         self.state.publish();
         let mut tokens = 0;
         for reader in &mut self.readers {
@@ -83,7 +91,7 @@ impl Bench {
         tokens
     }
 
-    fn adapter(&self, name: &str) -> (Lease, Arc<Resident<<Cpu as Backend>::Adapter>>) {
+    fn lease(&self, name: &str) -> Lease {
         let folder = tempfile::tempdir().expect("temporary folder");
         let root = fixture("adapters-tiny/llama3");
         let config = StoreConfig {
@@ -97,10 +105,9 @@ impl Bench {
         let actor = Actor { name: "tests".into(), admin: true };
         store.register_folder(&alias, &root.join(name), &actor, false).expect("the fixture is valid");
         let lease = store.resolve(name).expect("it was just registered");
-        let load = || Ok((load_adapter(&self.state.model, lease.weights()).expect("it fits"), 1));
-        let resident =
-            crate::residency::Residency::new(1).get_or_load(lease.generation(), load).expect("there is room");
-        (lease, resident)
+        // Into the host cache: the store's folder goes with this function.
+        lease.load().expect("it was just registered");
+        lease
     }
 }
 
@@ -121,7 +128,7 @@ fn submit_all(bench: &mut Bench) {
         min_tokens: MAX_TOKENS,
         ..SamplingParams::default()
     };
-    let adapters = [bench.adapter("all-linear"), bench.adapter("embed-head")];
+    let adapters = [bench.lease("all-linear"), bench.lease("embed-head")];
     for adapter in [None, Some(&adapters[0]), Some(&adapters[1])] {
         for params in [&greedy, &drawn, &penalised] {
             bench.submit(params.clone(), adapter);

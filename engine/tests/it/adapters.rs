@@ -1,4 +1,4 @@
-//! Adapters on a device that has room for two.
+//! Adapters and KV blocks in one pool, and loads beside the steps.
 
 use std::sync::Barrier;
 
@@ -6,20 +6,21 @@ use openlora_engine::{EngineError, Submit};
 use openlora_types::Classify;
 
 use crate::probe::{Fault, Operation};
-use crate::rig::{Rig, Setup, ask, prompt, read};
+use crate::rig::{Rig, Setup, ask, eventually, prompt, read, read_failure};
 
-/// Bytes of a variant of `all-linear` on the device.
-fn variant_bytes() -> usize {
+/// Pages of a variant of `all-linear`.
+fn variant_pages() -> usize {
     let rig = Setup::default().start();
     rig.answer(request(&rig, 1));
-    rig.stats().adapter_bytes_resident
+    rig.stats().adapter_pages
 }
 
+/// A pool for two variants and one request's KV beside them.
 fn room_for_two() -> (Rig, usize) {
-    let bytes = variant_bytes();
-    let mut setup = Setup::default();
-    setup.config.adapter_bytes = 2 * bytes;
-    (setup.start(), bytes)
+    let pages = variant_pages();
+    assert!(pages > 3, "a third adapter does not fit where KV blocks were to go");
+    let blocks = 2 * pages + 3;
+    (Setup { blocks, ..Setup::default() }.start(), pages)
 }
 
 fn request(rig: &Rig, alpha: u32) -> Submit {
@@ -27,48 +28,52 @@ fn request(rig: &Rig, alpha: u32) -> Submit {
 }
 
 #[test]
-fn adapters_in_use_stay_and_a_third_is_refused_until_one_is_free() {
-    let (rig, bytes) = room_for_two();
-    rig.controls.close();
-    let held = [rig.submit(request(&rig, 2)), rig.submit(request(&rig, 4))];
-    let refused = rig.engine.submit(request(&rig, 6));
-    let Err(error @ EngineError::AdapterMemory { needed, used, max }) = refused else { panic!("{refused:?}") };
-    assert_eq!((needed, used, max), (bytes, 2 * bytes, 2 * bytes));
-    assert!(error.is_retryable());
-    assert_eq!(rig.store.stats().leases, 2, "the refused request's lease is given back");
-    // Neither the base model nor an adapter that is there already needs room.
-    let others = [rig.submit(request(&rig, 2)), rig.submit(ask(&prompt(9), 3))];
-    rig.controls.open();
-    for stream in held.into_iter().chain(others) {
-        read(stream);
+fn an_adapter_that_finds_no_room_waits_for_it_and_holds_nobody_up() {
+    let (rig, pages) = room_for_two();
+    let expected: Vec<_> = [2, 4, 6].map(|alpha| rig.answer(request(&rig, alpha)).bits()).into();
+    let together: Vec<_> = [2, 4, 6, 2, 6, 4].map(|alpha| (alpha, rig.submit(request(&rig, alpha)))).into();
+    let base = rig.submit(ask(&prompt(9), 3));
+    for (alpha, stream) in together {
+        assert_eq!(read(stream).bits(), expected[alpha as usize / 2 - 1], "alpha {alpha}");
     }
-    rig.answer(request(&rig, 6));
+    read(base);
     let stats = rig.stats();
-    assert_eq!((stats.adapters_resident, stats.adapter_bytes_resident), (2, 2 * bytes));
-    assert_eq!((stats.adapter_loads_total, stats.adapter_evictions_total), (3, 1));
+    assert!(stats.adapters_resident <= 2 && stats.adapter_pages <= 2 * pages, "{stats:?}");
+    assert_eq!(stats.adapter_loads_total, stats.adapter_evictions_total + stats.adapters_resident as u64);
+    assert!(stats.adapter_evictions_total >= 1);
     rig.settle();
 }
 
 #[test]
-fn the_least_recently_used_adapter_goes_and_answers_the_same_when_it_is_back() {
-    let (rig, bytes) = room_for_two();
+fn an_evicted_adapter_answers_the_same_when_it_is_back() {
+    let (rig, pages) = room_for_two();
     let ask_for = |alpha| rig.answer(request(&rig, alpha)).bits();
     let first: Vec<_> = [2, 4, 6].map(ask_for).into();
     assert!(first[0] != first[1] && first[1] != first[2], "the adapters differ");
-    let counts = || {
-        let stats = rig.stats();
-        assert_eq!((stats.adapters_resident, stats.adapter_bytes_resident), (2, 2 * bytes));
-        (stats.adapter_loads_total, stats.adapter_evictions_total)
-    };
-    assert_eq!(counts(), (3, 1), "2 made room for 6");
-    assert_eq!(ask_for(4), first[1]);
-    assert_eq!(counts(), (3, 1), "4 was there");
-    assert_eq!(ask_for(2), first[0]);
-    assert_eq!(counts(), (4, 2), "6 made room for 2: 4 was used later");
-    assert_eq!(ask_for(4), first[1]);
-    assert_eq!(counts(), (4, 2));
-    assert_eq!(ask_for(6), first[2]);
-    assert_eq!(counts(), (5, 3));
+    for (alpha, expected) in [(2, 0), (6, 2), (4, 1), (2, 0), (4, 1), (6, 2)] {
+        assert_eq!(ask_for(alpha), first[expected], "alpha {alpha}");
+        assert!(rig.stats().adapter_pages <= 2 * pages);
+    }
+    rig.settle();
+}
+
+#[test]
+fn a_load_holds_up_its_own_requests_alone() {
+    let rig = Setup::default().start();
+    rig.controls.hold_loads(true);
+    let cold = rig.submit(request(&rig, 2));
+    rig.controls.wait_for_loads(1);
+    // Behind it in the queue, the base model and its own adapter's next request.
+    let behind = rig.submit(request(&rig, 2));
+    assert_eq!(rig.answer(ask(&prompt(9), 10)).tokens().len(), 10);
+    let stats = rig.stats();
+    assert_eq!((stats.adapters_loading, stats.adapters_resident, stats.waiting), (1, 0, 2));
+    rig.controls.hold_loads(false);
+    assert_eq!(read(cold).bits(), read(behind).bits());
+    let stats = rig.stats();
+    assert_eq!((stats.adapter_loads_total, stats.adapter_misses_total, stats.adapter_hits_total), (1, 2, 0));
+    rig.answer(request(&rig, 2));
+    assert_eq!(rig.stats().adapter_hits_total, 1);
     rig.settle();
 }
 
@@ -91,28 +96,50 @@ fn requests_that_come_together_load_an_adapter_once() {
 }
 
 #[test]
-fn an_adapter_that_fails_to_load_fails_its_own_request_alone() {
+fn an_adapter_that_fails_to_load_fails_its_own_requests_alone() {
     let rig = Setup::default().start();
     rig.controls.close();
     let running = rig.submit(ask(&prompt(9), 10));
-    rig.controls.break_next(Operation::LoadAdapter, Fault::OutOfMemory);
-    let refused = rig.engine.submit(request(&rig, 2));
-    let Err(EngineError::Adapter(reason)) = refused else { panic!("{refused:?}") };
-    assert!(reason.contains("could not be allocated"), "{reason}");
-    assert_eq!(rig.store.stats().leases, 0);
-    rig.controls.open();
+    for fault in [Fault::OutOfMemory, Fault::Panic] {
+        rig.controls.break_next(Operation::LoadAdapter, fault);
+        rig.controls.open();
+        let (error, events) = read_failure(rig.submit(request(&rig, 2)));
+        let EngineError::Adapter(reason) = error else { panic!("{error:?}") };
+        assert!(reason.contains("could not be allocated") || reason.contains("panicked"), "{reason}");
+        assert_eq!(events, 0);
+    }
     assert_eq!(read(running).tokens().len(), 10);
+    let stats = rig.stats();
+    assert_eq!((stats.adapter_load_failures_total, stats.adapter_pages), (2, 0), "the pages are free again");
     rig.answer(request(&rig, 2));
     rig.settle();
 }
 
 #[test]
-fn an_adapter_larger_than_the_device_is_refused_for_good() {
-    let mut setup = Setup::default();
-    setup.config.adapter_bytes = variant_bytes() - 1;
-    let rig = setup.start();
-    let refused = rig.engine.submit(request(&rig, 2));
-    let Err(error @ EngineError::Adapter(_)) = refused else { panic!("{refused:?}") };
-    assert!(!error.is_retryable() && error.to_string().contains("engine.adapter_bytes"), "{error}");
-    assert_eq!(rig.stats().adapter_bytes_resident, 0);
+fn an_adapter_larger_than_the_pool_is_refused_for_good() {
+    let rig = Setup { blocks: variant_pages(), ..Setup::default() }.start();
+    let (error, _) = read_failure(rig.submit(request(&rig, 2)));
+    assert!(matches!(&error, EngineError::Invalid(_)) && !error.is_retryable(), "{error:?}");
+    assert!(error.to_string().contains("pages for its adapter") || error.to_string().contains("for its adapter"), "{error}");
+    assert_eq!(rig.stats().adapter_pages, 0);
+}
+
+#[test]
+fn a_pinned_adapter_is_loaded_for_nobody_and_stays() {
+    let (rig, pages) = room_for_two();
+    let lease = rig.lease_variant(2);
+    let generation = lease.generation();
+    rig.engine.pin(lease).expect("the queue has room");
+    eventually("the adapter is on the device", || rig.engine.is_resident(&generation));
+    for alpha in [4, 6, 8, 4] {
+        rig.answer(request(&rig, alpha));
+        assert!(rig.engine.is_resident(&generation), "alpha {alpha} drove it out");
+    }
+    rig.engine.unpin(generation).expect("the queue has room");
+    for alpha in [4, 6, 4, 6] {
+        rig.answer(request(&rig, alpha));
+    }
+    eventually("what is not pinned can go", || !rig.engine.is_resident(&generation));
+    assert!(rig.stats().adapter_pages <= 2 * pages);
+    rig.settle();
 }

@@ -82,6 +82,7 @@ impl Setup {
             data_dir: folder.path().join("store"),
             allowed_roots: vec![fixture("adapters-tiny"), made],
             host_cache_bytes: 1 << 30,
+            ..StoreConfig::default()
         };
         let store = AdapterStore::open(config, model.shape().clone(), limits).expect("a fresh store opens");
         Ok(Rig { engine, controls, store, model, name: self.model, folder })

@@ -80,8 +80,12 @@ impl BaseRows for Base {
 fn read_adapter(path: &Path, files: &Arc<ModelFiles>) -> Arc<AdapterWeights> {
     let data = tempfile::tempdir().expect("temporary folder");
     let root = path.parent().expect("a folder beside others").canonicalize().expect("exists");
-    let config =
-        StoreConfig { data_dir: data.path().to_owned(), allowed_roots: vec![root.clone()], host_cache_bytes: 1 << 30 };
+    let config = StoreConfig {
+        data_dir: data.path().to_owned(),
+        allowed_roots: vec![root.clone()],
+        host_cache_bytes: 1 << 30,
+        ..StoreConfig::default()
+    };
     let limits = Limits::default();
     let store = AdapterStore::open(config, files.shape(), limits.clone()).expect("a fresh store opens");
     let store = store.with_base(Arc::new(Base(Arc::clone(files))));
@@ -89,7 +93,7 @@ fn read_adapter(path: &Path, files: &Arc<ModelFiles>) -> Arc<AdapterWeights> {
     let folder = root.join(path.file_name().expect("a named folder"));
     let actor = Actor { name: "tests".into(), admin: true };
     store.register_folder(&alias, &folder, &actor, false).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    Arc::clone(store.resolve("adapter").expect("just registered").weights())
+    store.resolve("adapter").expect("just registered").load().expect("just written")
 }
 
 /// One sequence's rows of a step.

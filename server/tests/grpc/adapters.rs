@@ -20,11 +20,11 @@ fn path() -> String {
 }
 
 fn register(alias: &str) -> wire::RegisterAdapterRequest {
-    wire::RegisterAdapterRequest { alias: alias.into(), path: path(), replace: None }
+    wire::RegisterAdapterRequest { alias: alias.into(), path: path(), ..Default::default() }
 }
 
 fn header(alias: &str) -> Part {
-    Part::Header(wire::UploadHeader { alias: alias.into(), replace: None })
+    Part::Header(wire::UploadHeader { alias: alias.into(), ..Default::default() })
 }
 
 fn chunks(file: &str) -> Vec<Part> {

@@ -257,6 +257,7 @@ fn app(folder: &Path, setup: &Setup) -> App {
         data_dir: folder.join("data"),
         allowed_roots: vec![fixture("adapters-tiny")],
         host_cache_bytes: 64 << 20,
+        ..StoreConfig::default()
     };
     let store = AdapterStore::open(config, files.shape(), setup.limits.clone()).expect("store");
     let tokenizer = files.tokenizer().expect("tokenizer");

@@ -1,0 +1,107 @@
+//! Processes killed at named points of a registration and of a removal, and what the next one finds.
+
+use std::{env, fs, os::unix::process::ExitStatusExt, path::Path, process::Command, sync::Arc};
+
+use object_store::{ObjectStore, ObjectStoreExt as _, memory::InMemory};
+use openlora_types::Limits;
+use tempfile::TempDir;
+
+use crate::{files::Files, kill};
+
+#[expect(dead_code, reason = "shared with the integration tests, which use all of it")]
+#[path = "../tests/it/make.rs"]
+mod make;
+
+use make::{Adapter, actor, admin, alias, entries};
+
+/// Set for the children of these tests: the folder they work in, and what they do there.
+const CHILD: &str = "OPENLORA_TEST_ADAPTERS_CHILD";
+const DO: &str = "OPENLORA_TEST_ADAPTERS_DO";
+
+#[test]
+#[ignore = "the child of the tests below"]
+fn child_that_is_killed() {
+    let dir = env::var_os(CHILD).expect("started by its parent");
+    let dir = Path::new(&dir);
+    let store = make::open(dir, Limits::default(), 1 << 20);
+    match env::var(DO).expect("told what to do").as_str() {
+        "register" => {
+            store.register_folder(&alias("a"), &dir.join("root/new"), &actor("o"), true).expect("registered");
+        }
+        "unregister" => {
+            store.unregister("a", &actor("o")).expect("gone");
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// A folder where `a` stands for the adapter `old`, after a child that does `what` was killed at `point`.
+fn killed(point: &str, what: &str) -> TempDir {
+    let dir = TempDir::new().expect("a temporary folder");
+    Adapter::qv(2, 1).write(&dir.path().join("root/old"));
+    Adapter::qv(3, 2).write(&dir.path().join("root/new"));
+    let store = make::open(dir.path(), Limits { alias_history_max: 0, ..Limits::default() }, 1 << 20);
+    store.register_folder(&alias("a"), &dir.path().join("root/old"), &actor("o"), false).expect("registered");
+    drop(store);
+    let mut child = Command::new(env::current_exe().expect("this binary"));
+    child.args(["--exact", "crash_tests::child_that_is_killed", "--ignored", "--nocapture"]);
+    let ended = child.env(CHILD, dir.path()).env(DO, what).env(kill::AT, point).output().expect("ran");
+    assert_eq!(ended.status.signal(), Some(9), "{point}: {}", String::from_utf8_lossy(&ended.stderr));
+    dir
+}
+
+/// Opens the store again: what `a` has as its largest rank, or nothing; and that no file is left over.
+fn rank_after(dir: &TempDir, point: &str) -> Option<u32> {
+    let store = make::open(dir.path(), Limits::default(), 1 << 20);
+    assert_eq!(entries(&dir.path().join("data/staging")), Vec::<String>::new(), "{point}");
+    let stats = store.stats();
+    assert_eq!(entries(&dir.path().join("data/adapters")).len() as u64, stats.generations, "{point}");
+    let infos = store.list(&admin(), None, 10).expect("listed");
+    let quota = store.quota("o", &admin()).expect("asked");
+    assert_eq!((quota.adapters, stats.registered), (infos.len() as u64, infos.len() as u64), "{point}");
+    let info = infos.first()?;
+    let weights = store.resolve("a").expect("resolved").load().expect("whole");
+    assert_eq!((weights.generation, weights.byte_len() as u64), (info.generation, quota.bytes), "{point}");
+    Some(info.rank_max)
+}
+
+#[test]
+fn a_registration_killed_at_any_point_leaves_the_old_adapter_or_the_new() {
+    for (point, rank) in [("before the files", 2), ("before the commit", 2), ("after the commit", 3)] {
+        assert_eq!(rank_after(&killed(point, "register"), point), Some(rank), "{point}");
+    }
+}
+
+#[test]
+fn a_removal_killed_at_any_point_leaves_the_adapter_or_nothing() {
+    for (point, left) in [("before the commit", Some(2)), ("after the commit", None), ("between files and row", None)] {
+        assert_eq!(rank_after(&killed(point, "unregister"), point), left, "{point}");
+    }
+}
+
+#[tokio::test]
+async fn files_in_a_store_that_is_no_folder_are_read_as_they_were_put_and_gone_when_removed() {
+    let dir = TempDir::new().expect("a temporary folder");
+    let memory = Arc::new(InMemory::new());
+    let store: Arc<dyn ObjectStore> = Arc::clone(&memory) as _;
+    let (files, limits) = (Files::over(store, dir.path()), Limits::default());
+    let adapter = Adapter::qv(200, 1);
+    let staged = files.stage().expect("staged");
+    adapter.write(staged.path());
+    files.put(staged, "there").await.expect("put");
+    let [(mut config, _), (tensors, length)] =
+        files.open_both("there", &limits).await.expect("asked").expect("they are there");
+    let mut text = Vec::new();
+    std::io::Read::read_to_end(&mut config, &mut text).expect("read");
+    assert_eq!((text, length), (adapter.config_bytes(), tensors.metadata().expect("a file").len()));
+    assert_eq!(length, adapter.tensor_bytes().len() as u64);
+    let small = Limits { adapter_bytes_max: length - 1, ..Limits::default() };
+    assert!(files.open_both("there", &small).await.is_err(), "more than was registered is not read");
+    let key = "some/prefix/adapters/there/adapter_config.json".into();
+    memory.head(&key).await.expect("under the prefix");
+    for _again in 0..2 {
+        files.remove("there").await.expect("removed");
+        assert!(files.open_both("there", &limits).await.expect("asked").is_none());
+    }
+    assert_eq!(fs::read_dir(dir.path().join("staging")).expect("a folder").count(), 0);
+}
