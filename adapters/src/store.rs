@@ -94,6 +94,13 @@ impl AdapterStore {
     /// registry cannot be reached or written, or is of a newer release; [`AdapterError::Invalid`] where an allowed root
     /// does not exist or a URL cannot be used.
     pub fn open(config: StoreConfig, shape: ModelShape, limits: Limits) -> Result<Self, AdapterError> {
+        // On a thread of its own, where waiting for the store's runtime is allowed wherever the caller is.
+        let opener = std::thread::spawn(move || Self::open_blocking(&config, shape, limits));
+        let panicked = |_| Err(AdapterError::io("open the adapters")(std::io::Error::other("opening panicked")));
+        opener.join().unwrap_or_else(panicked)
+    }
+
+    fn open_blocking(config: &StoreConfig, shape: ModelShape, limits: Limits) -> Result<Self, AdapterError> {
         let canonical = |root: &PathBuf| {
             let bad = |error| AdapterError::invalid("allowed_roots", format!("names {}: {error}", root.display()));
             root.canonicalize().map_err(bad)
