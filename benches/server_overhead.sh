@@ -9,7 +9,7 @@ server=
 cleanup() { [ -z "$server" ] || { kill -TERM "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; }; rm -rf "$state"; }
 trap cleanup EXIT
 # Room for the 32 sequences and little more, so that one load has used all of it.
-export OPENLORA_ENGINE_KV_CACHE_BYTES=$((256 << 20))
+export OPENLORA_ENGINE_POOL_BYTES=$((256 << 20))
 OPENLORA_ADAPTERS_DATA_DIR=$state/adapters "$openlora" serve --insecure-no-auth --grpc-addr 127.0.0.1:0 \
   --http-addr 127.0.0.1:0 --json >"$state/addr" 2>"$state/log" &
 server=$!

@@ -71,7 +71,12 @@ pub async fn register(count: usize, to: &Registration, mut progress: impl FnMut(
         let alias = format!("{}{number:05}", to.prefix);
         let path = std::path::absolute(&folder)?.into_os_string().into_string();
         let Ok(path) = path else { bail!("{} is not UTF-8", folder.display()) };
-        let message = RegisterAdapterRequest { alias: alias.clone(), path, replace: Some(true) };
+        let message = RegisterAdapterRequest {
+            alias: alias.clone(),
+            path,
+            replace: Some(true),
+            ..RegisterAdapterRequest::default()
+        };
         let (request, mut client) = (authorized(message, &to.key)?, AdaptersClient::new(channel.clone()));
         running.spawn(async move {
             client.register(request).await.map(drop).map_err(|status| anyhow::anyhow!("{alias}: {status}"))

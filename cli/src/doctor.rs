@@ -96,9 +96,7 @@ fn memory(config: &Config) -> Result<String> {
         // 4.5 bits and more become 32.
         Precision::F32 => model * 7,
     };
-    let needed = weights
-        + config.engine.pool_bytes as u64
-        + config.adapters.host_cache_bytes;
+    let needed = weights + config.engine.pool_bytes as u64 + config.adapters.host_cache_bytes;
     let mib = |bytes: u64| bytes >> 20;
     if needed > available {
         anyhow::bail!(

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use openlora_adapters::{AdapterStore, BaseRows, StoreConfig};
-use openlora_engine::{Rate, Engine, EngineConfig, EngineHandle};
+use openlora_engine::{Engine, EngineConfig, EngineHandle, Rate};
 use openlora_kernels::Precision;
 use openlora_kernels::cpu::{Cpu, Isa};
 use openlora_model::{LoadOptions, Model, ModelFiles};
@@ -168,10 +168,8 @@ pub(crate) fn engine_config(config: &Config) -> EngineConfig {
         max_loras: engine.max_loras,
         adapter_bytes_per_step: engine.adapter_bytes_per_step,
         max_loading: engine.max_loading,
-        tenant_rate: (engine.tenant_tokens_per_second > 0).then_some(Rate {
-            tokens_per_second: engine.tenant_tokens_per_second,
-            burst: engine.tenant_burst_tokens,
-        }),
+        tenant_rate: (engine.tenant_tokens_per_second > 0)
+            .then_some(Rate { tokens_per_second: engine.tenant_tokens_per_second, burst: engine.tenant_burst_tokens }),
         prefix_cache: engine.prefix_cache,
         starvation_micros: engine.starvation_ms * 1_000,
         sequence_tokens_max: limits.sequence_tokens_max,

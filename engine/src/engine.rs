@@ -12,8 +12,8 @@ use openlora_types::{Generation, InvalidField, SamplingParams};
 use tokio::sync::{mpsc, watch};
 
 use crate::handle::{EngineHandle, OutputStream, Submit};
-use crate::request::{Command, Control, Incoming, SAMPLES_MAX};
 use crate::loader::Loader;
+use crate::request::{Command, Control, Incoming, SAMPLES_MAX};
 use crate::step::{self, StepThread};
 use crate::{EngineConfig, EngineError, EngineStats};
 
@@ -30,13 +30,17 @@ impl Engine {
         let spec = *model.attention_spec();
         let page_bytes = backend.page_bytes(&spec, model.layers());
         let pages = config.pool_bytes / page_bytes;
+        if pages == 0 {
+            let why = format!("engine.pool_bytes is {}; a page of this model takes {page_bytes}", config.pool_bytes);
+            return Err(EngineError::Start(why));
+        }
         let scheduler_config = SchedulerConfig {
             block_size: spec.block_size,
             num_pages: pages,
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,
             max_loras: config.max_loras,
-            adapter_pages_per_step: (config.adapter_bytes_per_step / page_bytes).clamp(1, pages.max(1)),
+            adapter_pages_per_step: (config.adapter_bytes_per_step / page_bytes).clamp(1, pages),
             max_loading: config.max_loading,
             max_waiting: config.waiting_requests_max,
             max_waiting_per_tenant: config.waiting_requests_per_tenant_max,
@@ -56,7 +60,8 @@ impl Engine {
         let (commands, incoming) = mpsc::channel(config.waiting_requests_max);
         let (died, death) = watch::channel(None);
         let loader = Loader::start(&model, config.max_loading)?;
-        let state = StepThread::new(&model, scheduler, (pool, loader), incoming, Arc::clone(&board), config.tenant_rate)?;
+        let state =
+            StepThread::new(&model, scheduler, (pool, loader), incoming, Arc::clone(&board), config.tenant_rate)?;
         let thread = std::thread::Builder::new()
             .name("openlora-step".into())
             .spawn(move || step::run(state, &died))

@@ -75,7 +75,11 @@ impl From<KernelError> for EngineError {
 impl Classify for EngineError {
     fn is_retryable(&self) -> bool {
         match self {
-            Self::QueueFull { .. } | Self::TenantQueueFull { .. } | Self::SlowReader { .. } | Self::Draining | Self::Dead(_) => true,
+            Self::QueueFull { .. }
+            | Self::TenantQueueFull { .. }
+            | Self::SlowReader { .. }
+            | Self::Draining
+            | Self::Dead(_) => true,
             Self::Load(error) => error.is_retryable(),
             _ => false,
         }

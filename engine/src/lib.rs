@@ -11,8 +11,8 @@ mod config;
 mod engine;
 mod error;
 mod handle;
-mod request;
 mod loader;
+mod request;
 mod stats;
 mod step;
 

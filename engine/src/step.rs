@@ -23,8 +23,8 @@ use tokio::sync::{mpsc, watch};
 
 use crate::engine::Board;
 use crate::handle::Event;
-use crate::request::{Command, Control, Incoming};
 use crate::loader::{Loaded, Loader};
+use crate::request::{Command, Control, Incoming};
 use crate::{EngineError, EngineStats};
 
 /// How long the step thread waits when it can do nothing: what may come (a request, a cancellation, a load) is then looked for.
@@ -207,6 +207,7 @@ impl<B: Backend> StepThread<B> {
                 // deadline, a tenant's rate) or for another request.
                 if let Some(loaded) = self.loader.wait(PAUSE) {
                     self.settle(loaded);
+                    self.publish();
                 }
             }
         }

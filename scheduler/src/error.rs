@@ -36,7 +36,7 @@ pub enum SubmitError {
     /// The sequence could never run, even alone: its tokens do not fit.
     #[error(
         "prompt and max_tokens are {tokens} tokens together and the KV cache holds {max}; send a shorter prompt, ask for \
-         fewer tokens or raise kv_cache_bytes"
+         fewer tokens or raise pool_bytes"
     )]
     TooLong {
         /// Tokens of the prompt and of the longest answer.
@@ -47,7 +47,7 @@ pub enum SubmitError {
     /// The sequence could never run, even alone: its tokens fit, but not beside its adapter and the pinned ones.
     #[error(
         "the sequence needs {blocks} pages for its tokens and {adapter} for its adapter; {pinned} of {max} pages are pinned \
-         for other adapters; ask for fewer tokens, unpin an adapter or raise kv_cache_bytes"
+         for other adapters; ask for fewer tokens, unpin an adapter or raise pool_bytes"
     )]
     TooManyPages {
         /// Pages for all tokens of the prompt and of the longest answer.
@@ -62,7 +62,7 @@ pub enum SubmitError {
     /// With this adapter pinned as well, a live sequence could not run to its end any more.
     #[error(
         "pinning {} takes {pages} pages; of {max}, {pinned} are pinned, {loading} are being loaded into and a live sequence \
-         needs {live}; retry later, unpin another adapter or raise kv_cache_bytes", generation.short()
+         needs {live}; retry later, unpin another adapter or raise pool_bytes", generation.short()
     )]
     NoRoomForPin {
         /// The adapter to be pinned.

@@ -142,7 +142,9 @@ impl Maker {
             ("openlora_pages", "Pages of the pool of KV blocks and adapters.", |e, _| e.pages_total as u64),
             ("openlora_pages_free", "Pages that no sequence and no adapter has.", |e, _| e.pages_free as u64),
             ("openlora_adapters_resident", "Adapters on the device.", |e, _| e.adapters_resident as u64),
-            ("openlora_adapter_pages", "Pages of adapters on the device and on their way.", |e, _| e.adapter_pages as u64),
+            ("openlora_adapter_pages", "Pages of adapters on the device and on their way.", |e, _| {
+                e.adapter_pages as u64
+            }),
             ("openlora_adapters_loading", "Adapters on their way to the device.", |e, _| e.adapters_loading as u64),
             ("openlora_adapters_pinned", "Adapters pinned to the device.", |e, _| e.adapters_pinned as u64),
             ("openlora_page_bytes", "Bytes of a page.", |e, _| e.page_bytes as u64),

@@ -154,9 +154,11 @@ fn engine(error: &EngineError) -> Answer {
         EngineError::QueueFull { max, retry_after, .. } => Answer::new(Code::ResourceExhausted, "QUEUE_FULL", text)
             .quota("waiting_requests_max", max)
             .retry(*retry_after),
-        EngineError::TenantQueueFull { max, retry_after, .. } => Answer::new(Code::ResourceExhausted, "TENANT_QUEUE_FULL", text)
-            .quota("waiting_requests_per_tenant_max", max)
-            .retry(*retry_after),
+        EngineError::TenantQueueFull { max, retry_after, .. } => {
+            Answer::new(Code::ResourceExhausted, "TENANT_QUEUE_FULL", text)
+                .quota("waiting_requests_per_tenant_max", max)
+                .retry(*retry_after)
+        }
         EngineError::SlowReader { max } => {
             Answer::new(Code::ResourceExhausted, "SLOW_READER", text).quota("stream_events_max", max)
         }

@@ -74,7 +74,7 @@ impl Server {
         command.args(["serve", "--json", "--grpc-addr", "127.0.0.1:0", "--http-addr", "127.0.0.1:0"]);
         command.env("OPENLORA_HOME", home.path()).env("OPENLORA_MODEL_PATH", model());
         // Small pools: what a test needs, started in a moment.
-        command.env("OPENLORA_ENGINE_KV_CACHE_BYTES", "268435456");
+        command.env("OPENLORA_ENGINE_POOL_BYTES", "268435456");
         command.envs(settings.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = command.spawn().expect("openlora starts");
         let log = Arc::new(Mutex::new(String::new()));
@@ -221,7 +221,8 @@ impl Client {
 
     /// Uploads a fixture's folder.
     pub(crate) async fn upload(&self, alias: &str, folder: &str, replace: bool) -> Result<Adapter, Status> {
-        let mut parts = vec![Part::Header(UploadHeader { alias: alias.into(), replace: Some(replace), ..Default::default() })];
+        let mut parts =
+            vec![Part::Header(UploadHeader { alias: alias.into(), replace: Some(replace), ..Default::default() })];
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             let data = std::fs::read(fixtures().join(folder).join(file)).expect("a fixture");
             for part in data.chunks(100_000) {

@@ -91,6 +91,17 @@ impl Bench {
         tokens
     }
 
+    /// Sees to it that an adapter is on the device, so that all requests begin together.
+    fn bring(&mut self, lease: &Lease) {
+        let pages = self.state.model.adapter_pages(lease.sizes()).expect("it fits");
+        self.state.obey(Command::Pin(Box::new(lease.clone()), pages));
+        assert!(!self.state.step().expect("the step succeeds"), "there is nothing to run yet");
+        let loaded = self.state.loader.wait(Duration::from_secs(60)).expect("the load ends");
+        self.state.settle(loaded);
+        self.state.obey(Command::Unpin(lease.generation()));
+        assert!(self.state.resident.contains_key(&lease.generation()));
+    }
+
     fn lease(&self, name: &str) -> Lease {
         let folder = tempfile::tempdir().expect("temporary folder");
         let root = fixture("adapters-tiny/llama3");
@@ -98,6 +109,7 @@ impl Bench {
             data_dir: folder.path().to_owned(),
             allowed_roots: vec![root.clone()],
             host_cache_bytes: 1 << 30,
+            ..StoreConfig::default()
         };
         let limits = Limits::default();
         let alias = Alias::parse("alias", name, &limits).expect("a plain name");
@@ -129,6 +141,9 @@ fn submit_all(bench: &mut Bench) {
         ..SamplingParams::default()
     };
     let adapters = [bench.lease("all-linear"), bench.lease("embed-head")];
+    for lease in &adapters {
+        bench.bring(lease);
+    }
     for adapter in [None, Some(&adapters[0]), Some(&adapters[1])] {
         for params in [&greedy, &drawn, &penalised] {
             bench.submit(params.clone(), adapter);

@@ -36,11 +36,14 @@ fn a_deadline_passes_in_the_queue_and_others_go_on() {
 #[test]
 fn a_deadline_passes_while_running_and_others_go_on() {
     let rig = Setup::default().start();
+    let lease = rig.lease("all-linear");
+    rig.bring(&lease);
     rig.controls.close();
+    let before = rig.controls.steps();
     let companion = rig.submit(ask(&prompt(1), 30));
-    rig.controls.wait_for_step(1);
+    rig.controls.wait_for_step(before + 1);
     let deadline = Instant::now() + Duration::from_millis(700);
-    let mut request = Submit { deadline: Some(deadline), lease: Some(rig.lease("all-linear")), ..ask(&prompt(9), 60) };
+    let mut request = Submit { deadline: Some(deadline), lease: Some(lease), ..ask(&prompt(9), 60) };
     request.sampling.n = 2;
     let late = rig.submit(request);
     rig.controls.advance();
@@ -168,7 +171,7 @@ fn what_no_sequence_can_hold_is_refused_by_name() {
 fn limits_that_cannot_work_do_not_start() {
     type Change = fn(&mut Setup);
     let cases: &[(&str, Change)] = &[
-        ("num_blocks", |setup| setup.blocks = 0),
+        ("pool_bytes", |setup| setup.blocks = 0),
         ("max_num_seqs", |setup| setup.config.max_num_seqs = 0),
         ("max_num_batched_tokens", |setup| setup.config.max_num_seqs = 257),
         ("max_num_batched_tokens", |setup| setup.rows = Some(255)),

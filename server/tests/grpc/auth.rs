@@ -150,8 +150,7 @@ async fn metrics_need_an_operator_and_health_pages_nobody() {
     let server = TestServer::start().await;
     let (status, body) = server.http("/metrics", Some(Role::Operator)).await;
     assert_eq!(status, 200);
-    for name in
-        ["vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:lora_requests_info{", "openlora_pages"]
+    for name in ["vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:lora_requests_info{", "openlora_pages"]
     {
         assert!(body.contains(name), "{name} in {body}");
     }
