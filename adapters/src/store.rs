@@ -256,7 +256,9 @@ impl AdapterStore {
         let counted = self.inner.block_on(async { [registry::aliases(db).await, registry::generations(db).await] });
         let counted = counted.map(Result::ok);
         for (last, now) in self.inner.counted.iter().zip(counted) {
-            now.map(|now| last.store(now, Ordering::Relaxed));
+            if let Some(now) = now {
+                last.store(now, Ordering::Relaxed);
+            }
         }
         let cache = self.inner.cache.stats();
         StoreStats {

@@ -2,7 +2,7 @@
 //! pages that the scheduler chose, on threads of its own: a step never waits for one.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -66,10 +66,7 @@ impl<B: Backend> Loader<B> {
 
     /// As [`Loader::poll`], waiting for a while.
     pub(crate) fn wait(&self, longest: Duration) -> Option<Loaded<B::Adapter>> {
-        match self.loaded.recv_timeout(longest) {
-            Ok(loaded) => Some(loaded),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        self.loaded.recv_timeout(longest).ok()
     }
 }
 
