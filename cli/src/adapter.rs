@@ -233,14 +233,18 @@ async fn ls(global: &Global, args: &LsArgs) -> Result<ExitCode> {
     }
     let width = all.iter().map(|adapter| adapter.alias.len()).max().unwrap_or(0).max(5);
     println!(
-        "{:width$}  {:12}  {:>4}  {:>12}  {:5}  {:>6}  {:12}  tags",
+        "{:width$}  {:12}  {:>4}  {:>12}  {:7}  {:>6}  {:12}  tags",
         "alias", "generation", "rank", "bytes", "where", "leases", "owner"
     );
     for adapter in &all {
-        let residency = if adapter.in_host_cache { "host" } else { "disk" };
+        let residency = match (adapter.on_device, adapter.in_host_cache) {
+            (true, _) => "device",
+            (false, true) => "host",
+            (false, false) => "disk",
+        };
         let pinned = if adapter.pinned { "*" } else { "" };
         println!(
-            "{:width$}  {:12}  {:>4}  {:>12}  {:5}  {:>6}  {:12}  {}",
+            "{:width$}  {:12}  {:>4}  {:>12}  {:7}  {:>6}  {:12}  {}",
             adapter.alias,
             adapter.generation.get(..12).unwrap_or_default(),
             adapter.rank_max,
@@ -351,6 +355,7 @@ fn to_json(adapter: &Adapter) -> Value {
         "modules": adapter.modules,
         "dora": adapter.dora,
         "pinned": adapter.pinned,
+        "on_device": adapter.on_device,
         "in_host_cache": adapter.in_host_cache,
         "leases": adapter.leases,
         "created_unix_s": adapter.created_unix_s,

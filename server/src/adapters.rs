@@ -38,6 +38,30 @@ impl AdaptersService {
         let task = tokio::task::spawn_blocking(move || work(&store));
         Ok(task.await.map_err(|_| ServerError::Internal("the adapter store panicked"))??)
     }
+
+    fn adapter(&self, info: AdapterInfo) -> wire::Adapter {
+        wire::Adapter {
+            on_device: self.state.app.engine.is_resident(&info.generation),
+            alias: info.alias,
+            generation: info.generation.to_string(),
+            owner: info.owner,
+            rank_max: info.rank_max,
+            bytes: info.bytes,
+            sites: info.sites,
+            pinned: info.pinned,
+            in_host_cache: info.in_host_cache,
+            leases: info.leases,
+            created_unix_s: info.created_unix_s,
+            dora: info.dora,
+            modules: info.modules,
+            tags: info.tags,
+            lineage: Some(wire::Lineage {
+                parent: info.lineage.parent.map(|parent| parent.to_string()).unwrap_or_default(),
+                training_run: info.lineage.training_run,
+                snapshots: info.lineage.snapshots,
+            }),
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -55,7 +79,7 @@ impl Adapters for AdaptersService {
         let actor = caller.actor();
         let info = self.store(move |store| store.register_folder(&alias, &path, &actor, registration)).await?;
         changed("registered", &info);
-        Ok(Response::new(adapter(info)))
+        Ok(Response::new(self.adapter(info)))
     }
 
     async fn upload(
@@ -66,7 +90,7 @@ impl Adapters for AdaptersService {
         let (caller, stream) = split(request)?;
         let info = upload::receive(&self.state, &caller, stream).await?;
         changed("uploaded", &info);
-        Ok(Response::new(adapter(info)))
+        Ok(Response::new(self.adapter(info)))
     }
 
     async fn get(&self, request: Request<wire::GetAdapterRequest>) -> Result<Response<wire::Adapter>, Status> {
@@ -74,7 +98,7 @@ impl Adapters for AdaptersService {
         let alias = self.alias(&request.alias)?;
         let actor = caller.actor();
         let info = self.store(move |store| store.get(alias.as_str(), &actor)).await?;
-        Ok(Response::new(adapter(info)))
+        Ok(Response::new(self.adapter(info)))
     }
 
     async fn list(
@@ -101,7 +125,7 @@ impl Adapters for AdaptersService {
         infos.truncate(wanted);
         let next = infos.last().filter(|_| more).map(|info| info.alias.clone());
         Ok(Response::new(wire::ListAdaptersResponse {
-            adapters: infos.into_iter().map(adapter).collect(),
+            adapters: infos.into_iter().map(|info| self.adapter(info)).collect(),
             next_page_token: next.unwrap_or_default(),
         }))
     }
@@ -117,6 +141,10 @@ impl Adapters for AdaptersService {
         let actor = caller.actor();
         tracing::info!(%alias, "adapter to be unregistered");
         let generation = self.store(move |store| store.unregister(alias.as_str(), &actor)).await?;
+        // The alias is gone whatever the engine says; at worst the pages stay taken until it is restarted.
+        if let Err(error) = self.state.app.engine.unpin(generation) {
+            tracing::warn!(%generation, %error, "an unregistered adapter stays pinned to the device");
+        }
         Ok(Response::new(wire::UnregisterAdapterResponse { generation: generation.to_string() }))
     }
 
@@ -133,7 +161,7 @@ impl Adapters for AdaptersService {
         let actor = caller.actor();
         let info = self.store(move |store| store.set_alias(&alias, generation, expected, &actor)).await?;
         changed("pointed elsewhere", &info);
-        Ok(Response::new(adapter(info)))
+        Ok(Response::new(self.adapter(info)))
     }
 
     async fn pin(&self, request: Request<wire::PinAdapterRequest>) -> Result<Response<wire::Adapter>, Status> {
@@ -143,8 +171,21 @@ impl Adapters for AdaptersService {
         caller.check_namespace(&alias)?;
         let actor = caller.actor();
         let pinned = request.pinned;
-        let info = self.store(move |store| store.pin(alias.as_str(), pinned, &actor)).await?;
-        Ok(Response::new(adapter(info)))
+        // In the host cache, across restarts; and on the device, where the engine has room for it.
+        let (info, lease) = self
+            .store(move |store| {
+                let info = store.pin(alias.as_str(), pinned, &actor)?;
+                let lease = if pinned { Some(store.resolve(alias.as_str())?) } else { None };
+                Ok((info, lease))
+            })
+            .await?;
+        let engine = &self.state.app.engine;
+        let told = match lease {
+            Some(lease) => engine.pin(lease),
+            None => engine.unpin(info.generation),
+        };
+        told.map_err(ServerError::from)?;
+        Ok(Response::new(self.adapter(info)))
     }
 }
 
@@ -183,27 +224,4 @@ fn path(text: String) -> Result<PathBuf, InvalidField> {
 /// Who changed what stays in the log: the span has the tenant.
 fn changed(what: &str, info: &AdapterInfo) {
     tracing::info!(alias = %info.alias, generation = %info.generation.short(), bytes = info.bytes, "adapter {what}");
-}
-
-fn adapter(info: AdapterInfo) -> wire::Adapter {
-    wire::Adapter {
-        alias: info.alias,
-        generation: info.generation.to_string(),
-        owner: info.owner,
-        rank_max: info.rank_max,
-        bytes: info.bytes,
-        sites: info.sites,
-        pinned: info.pinned,
-        in_host_cache: info.in_host_cache,
-        leases: info.leases,
-        created_unix_s: info.created_unix_s,
-        dora: info.dora,
-        modules: info.modules,
-        tags: info.tags,
-        lineage: Some(wire::Lineage {
-            parent: info.lineage.parent.map(|parent| parent.to_string()).unwrap_or_default(),
-            training_run: info.lineage.training_run,
-            snapshots: info.lineage.snapshots,
-        }),
-    }
 }

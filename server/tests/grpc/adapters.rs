@@ -61,6 +61,7 @@ async fn an_adapter_lives_from_its_registration_to_its_end() {
     assert_eq!((registered.alias.as_str(), registered.owner), (owned("a").as_str(), name_of(Role::Owner)));
     let uploaded = send(&server, Role::Owner, upload(&owned("b"))).await.expect("uploaded");
     assert_eq!(uploaded.generation, registered.generation, "the same content is the same generation");
+    assert!(!uploaded.on_device, "nobody has asked for it yet");
 
     let mut app = server.inference(Role::App).await;
     let base = app.generate(request(text("The river"), 12)).await.expect("answered").into_inner();
@@ -75,6 +76,8 @@ async fn an_adapter_lives_from_its_registration_to_its_end() {
     }
     assert!(answers.iter().all(|answer| *answer == answers[0] && *answer != base.samples[0].text), "{answers:?}");
 
+    let found = owner.get(wire::GetAdapterRequest { alias: owned("b") }).await.expect("found").into_inner();
+    assert!(found.on_device && found.in_host_cache);
     let pin = wire::PinAdapterRequest { alias: owned("a"), pinned: true };
     assert!(owner.pin(pin).await.expect("pinned").into_inner().pinned);
     let aliased = wire::SetAliasRequest {
