@@ -1,64 +1,30 @@
-//! Adapters in host memory: a bounded cache of what was read lately, and what is pinned.
+//! Adapters in host memory: a cache of what was read lately (moka, bounded in bytes, TinyLFU), and what is pinned.
 //!
-//! The cache never exceeds `host_cache_bytes`. What it drops is chosen by GreedyDual with frequency (Cherkasova 1998): an
-//! entry's worth is its uses plus the worth of what was dropped last when it was used, so what was used often stays, but
-//! not for ever, and one pass over thousands of adapters does not wash it out. Cost over size, the rest of that formula,
-//! is the same for all: reading costs by the byte.
-//!
-//! Weights that were dropped but that somebody still holds are found again through a weak reference and not read twice.
-//! All weights alive, cached, pinned, held elsewhere or being read, stay within twice `host_cache_bytes`; one load more is
-//! refused with an error that passes.
+//! Callers that ask for one generation at the same time share one read. Weights that the cache dropped but that somebody still
+//! holds are found again through a weak reference and not read twice. The cache holds at most `host_cache_bytes`, and weights
+//! outside it, held, pinned or being read, as much again; one load more is refused with an error that passes.
 
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use moka::sync::Cache;
 use openlora_types::{AdapterWeights, Generation, Limits};
 
 use crate::error::AdapterError;
 
 type Loaded = Result<Arc<AdapterWeights>, AdapterError>;
 
-/// An entry of the cache.
-struct Kept {
-    weights: Arc<AdapterWeights>,
-    bytes: u64,
-    uses: u64,
-    worth: u64,
-}
-
-/// A read in progress, for which others wait.
-#[derive(Default)]
-struct Flight {
-    landed: Mutex<Option<Loaded>>,
-    ended: Condvar,
-}
-
-impl Flight {
-    fn wait(&self) -> Loaded {
-        let landed = self.landed.lock().unwrap_or_else(PoisonError::into_inner);
-        let landed = self.ended.wait_while(landed, |landed| landed.is_none()).unwrap_or_else(PoisonError::into_inner);
-        landed.clone().expect("waited for")
-    }
-
-    fn land(&self, loaded: Loaded) {
-        *self.landed.lock().unwrap_or_else(PoisonError::into_inner) = Some(loaded);
-        self.ended.notify_all();
-    }
-}
+/// The unit of the cache's weights, whose counter has 32 bits for one entry.
+const KIB: u64 = 1024;
 
 #[derive(Default)]
 struct Memory {
-    kept: HashMap<Generation, Kept>,
-    kept_bytes: u64,
-    /// Worth of the entry dropped last.
-    floor: u64,
-    flights: HashMap<Generation, Arc<Flight>>,
     /// Bytes of reads in progress.
     reading: u64,
     /// Every generation whose weights may still be in memory, with its bytes.
@@ -67,11 +33,6 @@ struct Memory {
 }
 
 impl Memory {
-    fn alive_bytes(&mut self) -> u64 {
-        self.alive.retain(|_, (weights, _)| weights.strong_count() > 0);
-        self.alive.values().map(|(_, bytes)| bytes).sum()
-    }
-
     fn pinned_bytes(&self) -> u64 {
         self.pins.values().map(|(_, bytes)| bytes).sum()
     }
@@ -79,41 +40,6 @@ impl Memory {
     /// The weights, where they are in memory.
     fn find(&self, generation: Generation) -> Option<Arc<AdapterWeights>> {
         self.alive.get(&generation)?.0.upgrade()
-    }
-
-    /// Takes the entry of least worth out of the cache. The scan is short beside the read that makes it necessary.
-    fn evict(&mut self) -> Option<Arc<AdapterWeights>> {
-        let least = self.kept.iter().min_by_key(|(_, kept)| kept.worth).map(|(&generation, _)| generation)?;
-        self.floor = self.kept[&least].worth;
-        self.take(least)
-    }
-
-    fn take(&mut self, generation: Generation) -> Option<Arc<AdapterWeights>> {
-        let kept = self.kept.remove(&generation)?;
-        self.kept_bytes -= kept.bytes;
-        Some(kept.weights)
-    }
-
-    /// Counts a use and keeps the weights; returns what had to go, to be freed outside the lock.
-    fn keep(&mut self, weights: &Arc<AdapterWeights>, max: u64) -> Vec<Arc<AdapterWeights>> {
-        let floor = self.floor;
-        if let Some(kept) = self.kept.get_mut(&weights.generation) {
-            kept.uses += 1;
-            kept.worth = floor + kept.uses;
-            return Vec::new();
-        }
-        let bytes = weights.byte_len() as u64;
-        let mut gone = Vec::new();
-        while self.kept_bytes + bytes > max {
-            match self.evict() {
-                Some(evicted) => gone.push(evicted),
-                None => return gone,
-            }
-        }
-        let kept = Kept { weights: Arc::clone(weights), bytes, uses: 1, worth: self.floor + 1 };
-        self.kept.insert(weights.generation, kept);
-        self.kept_bytes += bytes;
-        gone
     }
 }
 
@@ -130,7 +56,8 @@ pub(crate) struct CacheStats {
 
 /// See the module.
 pub(crate) struct HostCache {
-    failed: moka::sync::Cache<Generation, AdapterError>,
+    failed: Cache<Generation, AdapterError>,
+    kept: Cache<Generation, Arc<AdapterWeights>>,
     memory: Mutex<Memory>,
     bytes_max: u64,
     hits: AtomicU64,
@@ -140,9 +67,15 @@ pub(crate) struct HostCache {
 impl HostCache {
     pub(crate) fn new(bytes_max: u64, limits: &Limits) -> Self {
         Self {
-            failed: moka::sync::Cache::builder()
+            failed: Cache::builder()
                 .max_capacity(limits.adapter_failures_max)
                 .time_to_live(Duration::from_secs(limits.adapter_failure_ttl_s))
+                .build(),
+            kept: Cache::builder()
+                .weigher(|_, weights: &Arc<AdapterWeights>| {
+                    u32::try_from((weights.byte_len() as u64).div_ceil(KIB)).unwrap_or(u32::MAX)
+                })
+                .max_capacity(bytes_max / KIB)
                 .build(),
             memory: Mutex::default(),
             bytes_max,
@@ -170,62 +103,45 @@ impl HostCache {
         if let Some(error) = self.failed.get(&generation) {
             return Err(error);
         }
+        let mut missed = false;
+        let loaded = self.kept.try_get_with(generation, || {
+            if let Some(weights) = self.memory().find(generation) {
+                return Ok(weights);
+            }
+            missed = true;
+            let _reading = self.begin(bytes)?;
+            let weights = Arc::new(read()?);
+            self.memory().alive.insert(generation, (Arc::downgrade(&weights), bytes));
+            Ok(weights)
+        });
+        // What is too much goes now, not with some later access.
+        self.kept.run_pending_tasks();
+        let counter = if missed { &self.misses } else { &self.hits };
+        counter.fetch_add(1, Ordering::Relaxed);
+        loaded.map_err(|error: Arc<AdapterError>| {
+            if missed && matches!(*error, AdapterError::Corrupt { .. }) {
+                self.failed.insert(generation, (*error).clone());
+            }
+            (*error).clone()
+        })
+    }
+
+    /// Counts a read of `bytes` until the result is dropped.
+    fn begin(&self, bytes: u64) -> Result<Reading<'_>, AdapterError> {
         let mut memory = self.memory();
-        if let Some(weights) = memory.find(generation) {
-            let gone = memory.keep(&weights, self.bytes_max);
-            drop(memory);
-            drop(gone);
-            self.hits.fetch_add(1, Ordering::Relaxed);
-            return Ok(weights);
+        memory.alive.retain(|_, (weights, _)| weights.strong_count() > 0);
+        let outside = memory.alive.iter().filter(|(generation, _)| !self.kept.contains_key(*generation));
+        let taken = outside.map(|(_, (_, bytes))| bytes).sum::<u64>() + memory.reading;
+        if taken + bytes > self.bytes_max {
+            return Err(AdapterError::LimitReached {
+                limit: "host_cache_bytes",
+                max: self.bytes_max,
+                reason: format!("adapters in use take {taken} bytes beside the cache; {bytes} more do not fit"),
+                passes: true,
+            });
         }
-        if let Some(flight) = memory.flights.get(&generation).map(Arc::clone) {
-            drop(memory);
-            self.hits.fetch_add(1, Ordering::Relaxed);
-            return flight.wait();
-        }
-        self.make_room(&mut memory, bytes)?;
         memory.reading += bytes;
-        let flight = Arc::new(Flight::default());
-        memory.flights.insert(generation, Arc::clone(&flight));
-        drop(memory);
-        self.misses.fetch_add(1, Ordering::Relaxed);
-        let mut landing = Landing { cache: self, generation, bytes, flight, loaded: None };
-        let loaded = read().map(Arc::new);
-        landing.loaded = Some(loaded.clone());
-        drop(landing);
-        loaded
-    }
-
-    /// Sees to it that `bytes` more fit beside all that is alive, at the cache's expense.
-    fn make_room(&self, memory: &mut Memory, bytes: u64) -> Result<(), AdapterError> {
-        loop {
-            let taken = memory.alive_bytes() + memory.reading;
-            if taken + bytes <= 2 * self.bytes_max {
-                return Ok(());
-            }
-            if memory.evict().is_none() {
-                return Err(AdapterError::LimitReached {
-                    limit: "host_cache_bytes",
-                    max: self.bytes_max,
-                    reason: format!("adapters in use take {taken} bytes of twice this limit; {bytes} more do not fit"),
-                    passes: true,
-                });
-            }
-        }
-    }
-
-    fn landed(&self, generation: Generation, bytes: u64, loaded: &Loaded) {
-        if let Err(error @ AdapterError::Corrupt { .. }) = loaded {
-            self.failed.insert(generation, error.clone());
-        }
-        let mut memory = self.memory();
-        memory.reading -= bytes;
-        memory.flights.remove(&generation);
-        let Ok(weights) = loaded else { return };
-        memory.alive.insert(generation, (Arc::downgrade(weights), bytes));
-        let gone = memory.keep(weights, self.bytes_max);
-        drop(memory);
-        drop(gone);
+        Ok(Reading { cache: self, bytes })
     }
 
     /// Keeps weights in memory after those who use them. False where they are pinned already.
@@ -260,8 +176,9 @@ impl HostCache {
     /// Drops a generation that no alias names any more; who uses it keeps it.
     pub(crate) fn forget(&self, generation: Generation) {
         self.unpin(generation);
-        let released = self.memory().take(generation);
-        drop(released);
+        self.kept.invalidate(&generation);
+        // moka frees what was invalidated a little later; nobody shall find it until then.
+        self.memory().alive.remove(&generation);
         self.forgive(generation);
     }
 
@@ -276,10 +193,11 @@ impl HostCache {
     }
 
     pub(crate) fn stats(&self) -> CacheStats {
+        self.kept.run_pending_tasks();
         let memory = self.memory();
         CacheStats {
-            cached_entries: memory.kept.len() as u64,
-            cached_bytes: memory.kept_bytes,
+            cached_entries: self.kept.entry_count(),
+            cached_bytes: self.kept.iter().map(|(_, weights)| weights.byte_len() as u64).sum(),
             held_entries: memory.pins.len() as u64,
             held_bytes: memory.pinned_bytes(),
             hits: self.hits.load(Ordering::Relaxed),
@@ -288,20 +206,14 @@ impl HostCache {
     }
 }
 
-/// Ends a read for those who wait for it, also where it panicked.
-struct Landing<'a> {
+/// A read in progress.
+struct Reading<'a> {
     cache: &'a HostCache,
-    generation: Generation,
     bytes: u64,
-    flight: Arc<Flight>,
-    loaded: Option<Loaded>,
 }
 
-impl Drop for Landing<'_> {
+impl Drop for Reading<'_> {
     fn drop(&mut self) {
-        let panicked = || Err(AdapterError::io("read the adapter")(std::io::Error::other("the reader panicked")));
-        let loaded = self.loaded.take().unwrap_or_else(panicked);
-        self.cache.landed(self.generation, self.bytes, &loaded);
-        self.flight.land(loaded);
+        self.cache.memory().reading -= self.bytes;
     }
 }
