@@ -207,10 +207,17 @@ impl AdapterStore {
         for tried in 1.. {
             let epoch = self.inner.names.epoch();
             let named = self.inner.block_on(self.inner.lookup(alias, wanted, epoch))?;
+            let pinned = named.pinned;
             let lease = Lease::new(Arc::clone(&self.inner), named);
             // A change since may have removed the files before they were leased.
-            if self.inner.names.epoch() == epoch || tried == RETRIES {
+            if self.inner.names.epoch() == epoch {
                 return Ok(lease);
+            }
+            if tried == RETRIES {
+                // Something changes all the time. What the registry still names, now that it is leased, stays.
+                let now = registry::generation(self.inner.core.db.reader(), lease.generation());
+                let known = Arc::new(self.inner.block_on(now)?.ok_or_else(|| missing(name))?);
+                return Ok(Lease::new(Arc::clone(&self.inner), Named { known, pinned }));
             }
         }
         unreachable!("the last try returns")

@@ -79,10 +79,13 @@ fn a_reader_that_lags_behind_loses_its_request_and_nobody_else_theirs() {
     let mut setup = Setup::default();
     setup.config.stream_events_max = 4;
     let rig = setup.start();
+    let lease = rig.lease("embed-head");
+    rig.bring(&lease);
     rig.controls.close();
+    let before = rig.controls.steps();
     let reader = rig.submit(ask(&prompt(1), 20));
-    rig.controls.wait_for_step(1);
-    let lagging = rig.submit(Submit { lease: Some(rig.lease("embed-head")), ..ask(&prompt(9), 50) });
+    rig.controls.wait_for_step(before + 1);
+    let lagging = rig.submit(Submit { lease: Some(lease), ..ask(&prompt(9), 50) });
     read_step_by_step(&rig, reader, 20);
     // Nobody read a word of it.
     let (error, events) = read_failure(lagging);
