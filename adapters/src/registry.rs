@@ -111,6 +111,9 @@ pub struct Quota {
     pub bytes_max: Option<u64>,
 }
 
+/// Pinned aliases that are listed: more than any device has room for.
+const PINNED_MAX: i64 = 4_096;
+
 const RECORD: &str = "SELECT a.alias, a.owner, a.created, a.pinned, a.tags, a.lineage, g.generation, g.base, g.location, \
                       g.bytes, g.rank_max, g.dora, g.modules, g.site_sizes \
                       FROM aliases a JOIN generations g ON g.generation = a.generation ";
@@ -360,6 +363,13 @@ async fn count<'c>(db: impl AnyExecutor<'c>, sql: &str, bind: Option<&str>) -> R
         statement = statement.bind(value);
     }
     number(&statement.fetch_one(db).await.map_err(AdapterError::database(READ))?, "n")
+}
+
+/// Pinned aliases, ascending; the first [`PINNED_MAX`].
+pub(crate) async fn pinned_aliases<'c>(db: impl AnyExecutor<'c>) -> Result<Vec<String>, AdapterError> {
+    let sql = "SELECT alias FROM aliases WHERE pinned = 1 ORDER BY alias LIMIT $1";
+    let rows = query(sql).bind(PINNED_MAX).fetch_all(db).await.map_err(AdapterError::database(READ))?;
+    rows.iter().map(|row| text(row, "alias")).collect()
 }
 
 /// Pinned aliases of `owner`.

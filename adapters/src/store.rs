@@ -223,6 +223,24 @@ impl AdapterStore {
         unreachable!("the last try returns")
     }
 
+    /// Leases on what pinned aliases stand for, each generation once, in an order that is always the same.
+    ///
+    /// # Errors
+    /// [`AdapterError::Database`].
+    pub fn pinned(&self) -> Result<Vec<Lease>, AdapterError> {
+        let aliases = self.inner.block_on(registry::pinned_aliases(self.inner.core.db.reader()))?;
+        let mut leases: Vec<Lease> = Vec::new();
+        for alias in aliases {
+            match self.resolve(&alias) {
+                Ok(lease) if leases.iter().all(|other| other.generation() != lease.generation()) => leases.push(lease),
+                Err(error @ AdapterError::Database { .. }) => return Err(error),
+                // Known already; gone meanwhile; or of another base model, which the server that serves it keeps.
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Ok(leases)
+    }
+
     /// What `alias` stands for, where it is the actor's to see: their own, or any for an administrator.
     ///
     /// # Errors

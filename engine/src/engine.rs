@@ -1,6 +1,6 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -102,8 +102,7 @@ fn check_start(config: &EngineConfig, options: &LoadOptions) -> Result<(), Inval
 /// What a handle needs of the engine, whatever its backend: the one place where the backend's type is erased.
 pub(crate) trait Shared: Send + Sync {
     fn submit(&self, submit: Submit) -> Result<OutputStream, EngineError>;
-    fn pin(&self, lease: Lease) -> Result<(), EngineError>;
-    fn unpin(&self, generation: Generation) -> Result<(), EngineError>;
+    fn set_pinned(&self, leases: Vec<Lease>) -> Result<(), EngineError>;
     fn is_resident(&self, generation: &Generation) -> bool;
     fn stats(&self) -> EngineStats;
     fn describe(&self) -> &str;
@@ -115,9 +114,15 @@ pub(crate) trait Shared: Send + Sync {
 #[derive(Default)]
 pub(crate) struct Board {
     pub(crate) stats: Mutex<EngineStats>,
-    /// The adapters on the device.
-    pub(crate) resident: Mutex<HashSet<Generation>>,
+    resident: Mutex<HashSet<Generation>>,
     pub(crate) stopping: AtomicBool,
+}
+
+impl Board {
+    /// The adapters on the device.
+    pub(crate) fn residents(&self) -> MutexGuard<'_, HashSet<Generation>> {
+        self.resident.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 struct Common<B: Backend> {
@@ -203,19 +208,15 @@ impl<B: Backend> Shared for Common<B> {
         Ok(OutputStream { events, control, complete: false })
     }
 
-    fn pin(&self, lease: Lease) -> Result<(), EngineError> {
-        let pages = self.adapter_pages(&lease)?;
-        self.place()?.send(Command::Pin(Box::new(lease), pages));
-        Ok(())
-    }
-
-    fn unpin(&self, generation: Generation) -> Result<(), EngineError> {
-        self.place()?.send(Command::Unpin(generation));
+    fn set_pinned(&self, leases: Vec<Lease>) -> Result<(), EngineError> {
+        let sized = leases.into_iter().map(|lease| self.adapter_pages(&lease).map(|pages| (lease, pages)));
+        let pinned = sized.collect::<Result<_, _>>()?;
+        self.place()?.send(Command::Pin(pinned));
         Ok(())
     }
 
     fn is_resident(&self, generation: &Generation) -> bool {
-        self.board.resident.lock().unwrap_or_else(PoisonError::into_inner).contains(generation)
+        self.board.residents().contains(generation)
     }
 
     fn stats(&self) -> EngineStats {

@@ -86,20 +86,13 @@ impl EngineHandle {
         }
     }
 
-    /// Asks for an adapter to be on the device and to stay there. Whether there was room shows in [`EngineStats`] and the log.
+    /// Asks for these adapters to be on the device and to stay there, and lets go of others that were pinned: those stay until
+    /// their room is needed. Whether there was room shows in [`EngineStats`] and the log.
     ///
     /// # Errors
     /// As for [`EngineHandle::submit`].
-    pub fn pin(&self, lease: Lease) -> Result<(), EngineError> {
-        self.shared.pin(lease)
-    }
-
-    /// Lets a pinned adapter go; it stays until its room is needed.
-    ///
-    /// # Errors
-    /// As for [`EngineHandle::submit`].
-    pub fn unpin(&self, generation: Generation) -> Result<(), EngineError> {
-        self.shared.unpin(generation)
+    pub fn set_pinned(&self, leases: Vec<Lease>) -> Result<(), EngineError> {
+        self.shared.set_pinned(leases)
     }
 
     /// Whether an adapter is on the device now.

@@ -26,12 +26,16 @@ pub(crate) struct Loader<B: Backend> {
 struct Job<B: Backend> {
     lease: Lease,
     pages: B::PageSet,
+    /// How many.
+    count: usize,
 }
 
 /// How a load ended. After a failure its pages are free again.
 pub(crate) struct Loaded<A> {
     pub(crate) generation: Generation,
     pub(crate) result: Result<A, EngineError>,
+    /// Pages it was for, and how long it took.
+    pub(crate) pages: usize,
     pub(crate) micros: u64,
 }
 
@@ -51,12 +55,12 @@ impl<B: Backend> Loader<B> {
         Ok(Self { jobs, loaded })
     }
 
-    /// Begins a load.
+    /// Begins a load into `count` pages.
     ///
     /// # Panics
     /// When more are under way than the loader was started for.
-    pub(crate) fn begin(&self, lease: Lease, pages: B::PageSet) {
-        assert!(self.jobs.try_send(Job { lease, pages }).is_ok(), "the scheduler bounds the loads under way");
+    pub(crate) fn begin(&self, lease: Lease, pages: B::PageSet, count: usize) {
+        assert!(self.jobs.try_send(Job { lease, pages, count }).is_ok(), "the scheduler bounds the loads under way");
     }
 
     /// The next load that has ended.
@@ -73,13 +77,13 @@ impl<B: Backend> Loader<B> {
 fn work<B: Backend>(model: &Model<B>, todo: &Mutex<Receiver<Job<B>>>, done: &Sender<Loaded<B::Adapter>>) {
     loop {
         let job = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { lease, pages }) = job else { return };
+        let Ok(Job { lease, pages, count }) = job else { return };
         let (generation, began) = (lease.generation(), Instant::now());
         // By value, so that whatever ends the load gives the pages back before the scheduler hears of it.
         let result = catch_unwind(AssertUnwindSafe(move || load(model, &lease, pages)));
         let result = result.unwrap_or_else(|_| Err(EngineError::Adapter("loading it panicked".into())));
         let micros = began.elapsed().as_micros() as u64;
-        if done.send(Loaded { generation, result, micros }).is_err() {
+        if done.send(Loaded { generation, result, pages: count, micros }).is_err() {
             return;
         }
     }

@@ -3,7 +3,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use openlora_adapters::Lease;
-use openlora_types::Generation;
 use tokio::sync::mpsc;
 
 use crate::handle::Submit;
@@ -44,10 +43,8 @@ pub(crate) struct Incoming {
 /// What the step thread is told between steps.
 pub(crate) enum Command {
     Submit(Box<Incoming>),
-    /// Load an adapter of so many pages and keep it on the device.
-    Pin(Box<Lease>, usize),
-    /// Let it go.
-    Unpin(Generation),
+    /// Keep these adapters, each of so many pages, on the device, and no others.
+    Pin(Vec<(Lease, usize)>),
     /// Look around: the stop flag is up.
     Wake,
 }

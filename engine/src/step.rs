@@ -42,7 +42,7 @@ pub(crate) struct StepThread<B: Backend> {
     loader: Loader<B>,
     /// Loads under way.
     loading: usize,
-    /// Leases of adapters to be loaded for no request.
+    /// Leases of the adapters that are to stay, which no request may hold.
     pinned: HashMap<Generation, Lease>,
     tenant_rate: Option<Rate>,
     activations: Activations<B>,
@@ -214,7 +214,7 @@ impl<B: Backend> StepThread<B> {
     }
 
     fn has_nothing_to_do(&self) -> bool {
-        self.sequences.is_empty() && self.loading == 0 && self.scheduler.is_idle()
+        self.loading == 0 && self.scheduler.is_idle()
     }
 
     /// Takes what has come; waits where there is nothing else to do. False when all handles are gone.
@@ -234,19 +234,24 @@ impl<B: Backend> StepThread<B> {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Submit(incoming) => self.admit(*incoming),
-            Command::Pin(lease, pages) => {
-                let generation = lease.generation();
-                match self.scheduler.pin(self.need(generation, pages)) {
-                    Ok(()) => drop(self.pinned.insert(generation, *lease)),
-                    Err(error) => tracing::warn!(%generation, %error, "an adapter is not pinned to the device"),
-                }
-            }
-            Command::Unpin(generation) => {
-                self.scheduler.unpin(generation);
-                // A load under way needs its lease no longer: it has its own.
-                self.pinned.remove(&generation);
-            }
+            Command::Pin(wanted) => self.pin(wanted),
             Command::Wake => {}
+        }
+    }
+
+    fn pin(&mut self, wanted: Vec<(Lease, usize)>) {
+        // Loads under way have leases of their own.
+        for (generation, _) in std::mem::take(&mut self.pinned) {
+            if wanted.iter().all(|(lease, _)| lease.generation() != generation) {
+                self.scheduler.unpin(generation);
+            }
+        }
+        for (lease, pages) in wanted {
+            let generation = lease.generation();
+            match self.scheduler.pin(self.need(generation, pages)) {
+                Ok(()) => drop(self.pinned.insert(generation, lease)),
+                Err(error) => tracing::warn!(%generation, %error, "an adapter is not pinned to the device"),
+            }
         }
     }
 
@@ -258,11 +263,9 @@ impl<B: Backend> StepThread<B> {
 
     /// Drops the adapters that the plan evicts and begins its loads.
     fn move_adapters(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
-        if plan.evicted.is_empty() && plan.loads.is_empty() {
-            return Ok(());
-        }
         for generation in &plan.evicted {
             self.resident.remove(generation);
+            self.board.residents().remove(generation);
         }
         for load in &plan.loads {
             let pages = self.model.backend().take_pages(&mut self.pool, plan.pages(load))?;
@@ -270,24 +273,23 @@ impl<B: Backend> StepThread<B> {
             let mut leases = self.requests.values().filter_map(|request| request.lease.as_ref());
             let lease = leases.find(is_for).or_else(|| self.pinned.get(&load.generation));
             let lease = lease.expect("a load is for a waiting request or a pin").clone();
-            self.totals.loaded_pages += load.pages.len() as u64;
-            self.loader.begin(lease, pages);
+            self.loader.begin(lease, pages, load.pages.len());
             self.loading += 1;
         }
-        self.show_residents();
         Ok(())
     }
 
     /// A load has ended.
     fn settle(&mut self, loaded: Loaded<B::Adapter>) {
-        let Loaded { generation, result, micros } = loaded;
+        let Loaded { generation, result, pages, micros } = loaded;
         self.loading -= 1;
         self.totals.load_micros += micros;
+        self.totals.loaded_pages += pages as u64;
         match result {
             Ok(adapter) => {
                 self.resident.insert(generation, adapter);
+                self.board.residents().insert(generation);
                 self.scheduler.adapter_loaded(generation);
-                self.show_residents();
             }
             Err(error) => {
                 tracing::warn!(%generation, %error, "an adapter could not be loaded");
@@ -299,12 +301,6 @@ impl<B: Backend> StepThread<B> {
                 }
             }
         }
-    }
-
-    fn show_residents(&self) {
-        let mut shown = self.board.resident.lock().unwrap_or_else(PoisonError::into_inner);
-        shown.clear();
-        shown.extend(self.resident.keys());
     }
 
     fn now(&self) -> Time {

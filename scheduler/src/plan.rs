@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use openlora_types::{Generation, SequenceId, Time, Token};
+use openlora_types::{Generation, SequenceId, Token};
 
 /// What one step computes, and what moves in and out of the pool before it. The engine drops what is `evicted`, hands the
 /// `loads` to whoever loads, runs the `sequences` and calls [`Scheduler::update`](crate::Scheduler::update) before asking for
@@ -28,9 +28,6 @@ pub struct StepPlan {
     pub expired: Vec<SequenceId>,
     /// Sum of `rows` over `sequences`; at most `max_num_batched_tokens`.
     pub total_rows: usize,
-    /// In a plan without sequences: when to ask for the next, if no call changes anything before. The first deadline, or when
-    /// a tenant's bucket has refilled.
-    pub wake_at: Option<Time>,
 }
 
 impl StepPlan {
@@ -55,7 +52,6 @@ impl StepPlan {
         self.preempted.clear();
         self.expired.clear();
         self.total_rows = 0;
-        self.wake_at = None;
     }
 }
 

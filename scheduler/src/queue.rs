@@ -204,12 +204,6 @@ impl Queue {
         self.tenant(tenant).has_turns()
     }
 
-    /// When the first of the empty buckets has refilled.
-    pub(crate) fn refilled_at(&self) -> Option<Time> {
-        let throttled = self.backlogged.iter().map(|&at| self.tenant(at)).filter(|tenant| tenant.throttled);
-        throttled.filter_map(|tenant| tenant.bucket.as_ref().map(Bucket::refilled_at)).min()
-    }
-
     /// A known tenant's waiting sequences, and when its bucket, if it is empty, has refilled.
     pub(crate) fn share(&self, name: &TenantId) -> (usize, Option<Time>) {
         self.by_name.get(name).map_or((0, None), |&at| {
@@ -559,7 +553,7 @@ mod tests {
         let late = [0, 0, 0].map(|_| rig.submit("throttled", Priority::High, 0));
         rig.submit("busy", Priority::Low, 0);
         rig.queue.refill(Time(0));
-        assert_eq!((rig.queue.has_turns(throttled), rig.queue.refilled_at()), (false, Some(Time(10))));
+        assert!(!rig.queue.has_turns(throttled));
         assert_eq!(rig.drain(100, 0), [3]);
         rig.queue.refill(Time(10));
         assert!(rig.queue.has_turns(throttled));

@@ -60,8 +60,8 @@ impl Scheduler {
     }
 
     /// Plans the next step into `plan`, whose buffers are reused: once they have grown, a step in which nothing is admitted or
-    /// loaded does not allocate. A plan without sequences means that there is nothing to compute now; see
-    /// [`StepPlan::wake_at`].
+    /// loaded does not allocate. A plan without sequences means that there is nothing to compute before something comes, a load
+    /// ends or time passes.
     ///
     /// # Panics
     /// If the last plan's results were not given to [`Scheduler::update`].
@@ -84,10 +84,6 @@ impl Scheduler {
             self.start_loads(now, &room, plan);
         }
         self.write(plan);
-        if plan.sequences.is_empty() {
-            let deadline = self.deadlines.first().map(|&(deadline, _)| deadline);
-            plan.wake_at = deadline.into_iter().chain(self.queue.refilled_at()).min();
-        }
     }
 
     fn expire(&mut self, now: Time, plan: &mut StepPlan) {

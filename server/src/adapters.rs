@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use openlora_adapters::{AdapterError, AdapterInfo, AdapterStore, Lineage, Registration};
+use openlora_adapters::{AdapterError, AdapterInfo, AdapterStore, Lease, Lineage, Registration};
 use openlora_proto::v1 as wire;
 use openlora_proto::v1::adapters_server::Adapters;
 use openlora_types::{Alias, Generation, InvalidField};
@@ -23,6 +23,34 @@ const PATH_BYTES_MAX: usize = 4_096;
 /// The service.
 pub(crate) struct AdaptersService {
     pub(crate) state: Arc<State>,
+}
+
+impl State {
+    /// What an alias stands for has changed. Who did it is in the log: the span has the tenant.
+    async fn changed(&self, what: &str, info: &AdapterInfo) {
+        tracing::info!(alias = %info.alias, generation = %info.generation.short(), bytes = info.bytes, "adapter {what}");
+        self.follow_pins().await;
+    }
+
+    /// Tells the engine which adapters pinned aliases stand for now, to be kept on the device where there is room: at the
+    /// start and after every change. What cannot be told is logged and told with the next change: the registry has it.
+    pub(crate) async fn follow_pins(&self) {
+        // Held until the engine is told, so that of two changes the later one is told last.
+        let mut told = self.pinned.lock().await;
+        let store = Arc::clone(&self.app.store);
+        let leases = match tokio::task::spawn_blocking(move || store.pinned()).await {
+            Ok(Ok(leases)) => leases,
+            Ok(Err(error)) => return tracing::warn!(%error, "pins may not reach the device"),
+            Err(_) => return tracing::error!("reading the pins panicked"),
+        };
+        let generations: Vec<_> = leases.iter().map(Lease::generation).collect();
+        if *told != generations {
+            match self.app.engine.set_pinned(leases) {
+                Ok(()) => *told = generations,
+                Err(error) => tracing::warn!(%error, "pins do not reach the device"),
+            }
+        }
+    }
 }
 
 impl AdaptersService {
@@ -78,7 +106,7 @@ impl Adapters for AdaptersService {
         let registration = registration(request.replace, request.tags, request.lineage).map_err(ServerError::from)?;
         let actor = caller.actor();
         let info = self.store(move |store| store.register_folder(&alias, &path, &actor, registration)).await?;
-        changed("registered", &info);
+        self.state.changed("registered", &info).await;
         Ok(Response::new(self.adapter(info)))
     }
 
@@ -89,7 +117,7 @@ impl Adapters for AdaptersService {
         let _busy = self.state.begin();
         let (caller, stream) = split(request)?;
         let info = upload::receive(&self.state, &caller, stream).await?;
-        changed("uploaded", &info);
+        self.state.changed("uploaded", &info).await;
         Ok(Response::new(self.adapter(info)))
     }
 
@@ -141,10 +169,7 @@ impl Adapters for AdaptersService {
         let actor = caller.actor();
         tracing::info!(%alias, "adapter to be unregistered");
         let generation = self.store(move |store| store.unregister(alias.as_str(), &actor)).await?;
-        // The alias is gone whatever the engine says; at worst the pages stay taken until it is restarted.
-        if let Err(error) = self.state.app.engine.unpin(generation) {
-            tracing::warn!(%generation, %error, "an unregistered adapter stays pinned to the device");
-        }
+        self.state.follow_pins().await;
         Ok(Response::new(wire::UnregisterAdapterResponse { generation: generation.to_string() }))
     }
 
@@ -160,7 +185,7 @@ impl Adapters for AdaptersService {
         };
         let actor = caller.actor();
         let info = self.store(move |store| store.set_alias(&alias, generation, expected, &actor)).await?;
-        changed("pointed elsewhere", &info);
+        self.state.changed("pointed elsewhere", &info).await;
         Ok(Response::new(self.adapter(info)))
     }
 
@@ -171,20 +196,8 @@ impl Adapters for AdaptersService {
         caller.check_namespace(&alias)?;
         let actor = caller.actor();
         let pinned = request.pinned;
-        // In the host cache, across restarts; and on the device, where the engine has room for it.
-        let (info, lease) = self
-            .store(move |store| {
-                let info = store.pin(alias.as_str(), pinned, &actor)?;
-                let lease = if pinned { Some(store.resolve(alias.as_str())?) } else { None };
-                Ok((info, lease))
-            })
-            .await?;
-        let engine = &self.state.app.engine;
-        let told = match lease {
-            Some(lease) => engine.pin(lease),
-            None => engine.unpin(info.generation),
-        };
-        told.map_err(ServerError::from)?;
+        let info = self.store(move |store| store.pin(alias.as_str(), pinned, &actor)).await?;
+        self.state.follow_pins().await;
         Ok(Response::new(self.adapter(info)))
     }
 }
@@ -219,9 +232,4 @@ fn path(text: String) -> Result<PathBuf, InvalidField> {
         return Err(InvalidField::new("path", format!("must be at most {PATH_BYTES_MAX} bytes, without NUL")));
     }
     Ok(PathBuf::from(text))
-}
-
-/// Who changed what stays in the log: the span has the tenant.
-fn changed(what: &str, info: &AdapterInfo) {
-    tracing::info!(alias = %info.alias, generation = %info.generation.short(), bytes = info.bytes, "adapter {what}");
 }

@@ -7,8 +7,8 @@ use std::time::Instant;
 use openlora_adapters::AdapterStore;
 use openlora_engine::EngineHandle;
 use openlora_model::text::{ChatTemplate, Tokenizer};
-use openlora_types::{ModelShape, Token};
-use tokio::sync::{Semaphore, watch};
+use openlora_types::{Generation, ModelShape, Token};
+use tokio::sync::{Mutex, Semaphore, watch};
 
 use crate::convert::Bounds;
 use crate::metrics::Metrics;
@@ -67,6 +67,8 @@ pub(crate) struct State {
     /// Requests being tokenized or waiting for their adapter.
     pub(crate) preparing: Arc<Semaphore>,
     pub(crate) uploads: Arc<Semaphore>,
+    /// The adapters that the engine was last told to keep on the device.
+    pub(crate) pinned: Mutex<Vec<Generation>>,
     draining: AtomicBool,
     /// Calls that shutdown waits for.
     busy: watch::Sender<usize>,
@@ -80,6 +82,7 @@ impl State {
             started: Instant::now(),
             preparing: Arc::new(Semaphore::new(config.limits.waiting_requests_max)),
             uploads: Arc::new(Semaphore::new(config.limits.uploads_max)),
+            pinned: Mutex::default(),
             draining: AtomicBool::new(false),
             busy: watch::Sender::new(0),
             app,

@@ -60,6 +60,7 @@ pub async fn run(
     let http_door = Door::bind(config.http_addr, Protocol::Http1, config.tls.as_ref(), &limits).await?;
     let addrs = BoundAddrs { grpc: grpc_door.local_addr()?, http: http_door.local_addr()? };
     let state = State::new(app, config)?;
+    state.follow_pins().await;
 
     let (closing, closed) = watch::channel(false);
     let (ending, over) = watch::channel(false);

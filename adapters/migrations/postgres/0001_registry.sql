@@ -25,6 +25,7 @@ CREATE TABLE aliases (
 );
 CREATE INDEX aliases_by_owner ON aliases (owner, alias);
 CREATE INDEX aliases_by_generation ON aliases (generation);
+CREATE INDEX aliases_pinned ON aliases (alias) WHERE pinned = 1;
 
 -- What an alias stood for before: place 0 is the latest.
 CREATE TABLE history (

@@ -94,11 +94,11 @@ impl Bench {
     /// Sees to it that an adapter is on the device, so that all requests begin together.
     fn bring(&mut self, lease: &Lease) {
         let pages = self.state.model.adapter_pages(lease.sizes()).expect("it fits");
-        self.state.obey(Command::Pin(Box::new(lease.clone()), pages));
+        self.state.obey(Command::Pin(vec![(lease.clone(), pages)]));
         assert!(!self.state.step().expect("the step succeeds"), "there is nothing to run yet");
         let loaded = self.state.loader.wait(Duration::from_secs(60)).expect("the load ends");
         self.state.settle(loaded);
-        self.state.obey(Command::Unpin(lease.generation()));
+        self.state.obey(Command::Pin(Vec::new()));
         assert!(self.state.resident.contains_key(&lease.generation()));
     }
 

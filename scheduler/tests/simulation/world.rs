@@ -17,6 +17,8 @@ use crate::rng::{Rng, mix};
 
 /// Small, so that prompts often coincide by chance as well.
 const VOCAB: u64 = 5;
+/// How long the world waits where nothing can run: less than a bucket takes to refill, so that it waits several times.
+const IDLE_MICROS: u64 = 100_000;
 
 /// What comes in.
 #[derive(Clone, Debug)]
@@ -239,7 +241,7 @@ impl World {
         self.check_plan(&plan);
         plan.sequences.iter().for_each(|s| (s.id, s.start, s.rows, s.cached_tokens).hash(&mut self.trace));
         (&plan.block_tables, &plan.preempted, &plan.expired).hash(&mut self.trace);
-        (&plan.evicted, &plan.load_pages, plan.wake_at).hash(&mut self.trace);
+        (&plan.evicted, &plan.load_pages).hash(&mut self.trace);
         self.scheduler.check_invariants();
 
         // Cancels and arrivals do not wait for the model.
@@ -256,7 +258,7 @@ impl World {
         self.scheduler.check_invariants();
         self.check_books();
         if plan.sequences.is_empty() && self.device.loading() == 0 && self.step > self.traffic.steps {
-            plan.wake_at.into_iter().for_each(|at| self.pass_time(at));
+            self.pass_time(self.now.after_micros(IDLE_MICROS));
         }
         self.plan = plan;
     }
@@ -386,8 +388,6 @@ impl World {
             rows > 0 || self.device.loading() > 0 || self.live.values().all(|request| self.is_throttled(&request.new)),
             "requests are live and nothing is computed or loaded"
         );
-        assert!(rows == 0 || plan.wake_at.is_none(), "a plan with rows tells when to wake");
-        assert!(plan.wake_at.is_none_or(|at| at > self.now), "a plan asks to be woken in the past");
     }
 
     /// Expired and preempted sequences.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use openlora_proto::v1 as wire;
 use openlora_proto::v1::upload_adapter_request::Part;
 use openlora_server::keys::Role;
+use openlora_types::Generation;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
@@ -244,4 +245,57 @@ async fn an_upload_that_falls_silent_is_given_up() {
     let status = tokio::time::timeout(PATIENCE, call).await.expect("given up in time").expect("a status");
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
     assert_eq!(staged(&server), 0);
+}
+
+/// Waits until so many adapters are pinned to the device.
+async fn until_pinned(server: &TestServer, count: usize) {
+    let pinned = async {
+        while server.engine.stats().adapters_pinned != count {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, pinned).await.expect("the device follows the pins");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pin_holds_on_the_device_as_long_as_an_alias_has_it_and_across_restarts() {
+    let server = TestServer::start().await;
+    let mut owner = server.adapters(Role::Owner).await;
+    for name in ["a", "b", "c"] {
+        owner.register(register(&owned(name))).await.expect("registered");
+    }
+    for name in ["a", "b"] {
+        owner.pin(wire::PinAdapterRequest { alias: owned(name), pinned: true }).await.expect("pinned");
+    }
+    until_pinned(&server, 1).await;
+    let on_device = async {
+        while !owner.get(wire::GetAdapterRequest { alias: owned("c") }).await.expect("found").into_inner().on_device {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, on_device).await.expect("it is loaded for nobody");
+
+    // Another pinned alias stands for the same content.
+    owner.unregister(wire::UnregisterAdapterRequest { alias: owned("a") }).await.expect("gone");
+    owner.unregister(wire::UnregisterAdapterRequest { alias: owned("c") }).await.expect("gone");
+    let server = server.restart().await;
+    until_pinned(&server, 1).await;
+    let mut owner = server.adapters(Role::Owner).await;
+    assert!(owner.get(wire::GetAdapterRequest { alias: owned("b") }).await.expect("found").into_inner().pinned);
+
+    // Pointed at other content, the pinned alias takes its pin along.
+    let other = fixture("adapters-tiny/llama3").join("embed-head").display().to_string();
+    let replaced = wire::RegisterAdapterRequest { path: other, replace: Some(true), ..register(&owned("b")) };
+    let replaced = owner.register(replaced).await.expect("replaced").into_inner();
+    let generation = Generation::from_hex(&replaced.generation).expect("a generation");
+    let moved = async {
+        while !server.engine.is_resident(&generation) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, moved).await.expect("the pin moves");
+    until_pinned(&server, 1).await;
+
+    owner.unregister(wire::UnregisterAdapterRequest { alias: owned("b") }).await.expect("gone");
+    until_pinned(&server, 0).await;
 }

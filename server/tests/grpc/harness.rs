@@ -70,7 +70,19 @@ impl TestServer {
     }
 
     pub(crate) async fn start_with(change: impl FnOnce(&mut Setup)) -> Self {
-        let folder = tempfile::tempdir().expect("temporary folder");
+        Self::start_in(tempfile::tempdir().expect("temporary folder"), change).await
+    }
+
+    /// Stops, and starts again on the same folder.
+    pub(crate) async fn restart(mut self) -> Self {
+        self.ask_to_stop();
+        let ended = tokio::time::timeout(PATIENCE, &mut self.served).await;
+        ended.expect("ends in time").expect("does not panic").expect("a clean end");
+        drop(self.engine);
+        Self::start_in(self.folder, |_| {}).await
+    }
+
+    async fn start_in(folder: TempDir, change: impl FnOnce(&mut Setup)) -> Self {
         let mut setup = Setup {
             server: ServerConfig {
                 grpc_addr: "127.0.0.1:0".parse().expect("address"),
@@ -229,7 +241,7 @@ impl Interceptor for Key {
 /// The fixture with a longer context, so that an answer can take as long as a test needs.
 fn long_model(folder: &Path) -> PathBuf {
     let (from, to) = (fixture("models/llama3"), folder.join("tiny"));
-    std::fs::create_dir(&to).expect("folder");
+    std::fs::create_dir_all(&to).expect("folder");
     for entry in std::fs::read_dir(from).expect("fixture") {
         let entry = entry.expect("entry");
         std::fs::copy(entry.path(), to.join(entry.file_name())).expect("copied");
