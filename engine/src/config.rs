@@ -5,7 +5,7 @@ use openlora_scheduler::Rate;
 pub struct EngineConfig {
     /// Bytes of the pool that KV blocks and adapters share; the number of pages follows from the model.
     pub pool_bytes: usize,
-    /// Sequences that run at once.
+    /// Sequences that run at once. Where there are several tenants, one place in 16 is for those of which nothing runs.
     pub max_num_seqs: usize,
     /// Rows of one step: decoding sequences take one each, prefill chunks the rest.
     pub max_num_batched_tokens: usize,

@@ -1,11 +1,12 @@
 //! One pool for KV blocks and adapters, and who is evicted from it.
 //!
 //! Cached prefix blocks and idle adapters stay until a page is wanted and none is blank. Then the one of least value goes,
-//! by **GreedyDual-Size** (Cao and Irani 1997, "Cost-Aware WWW Proxy Caching Algorithms", section 4): at each use an entry
-//! is worth `H = L + cost / pages`, and when one is evicted, `L` rises to its `H`. So what costs much to get back for the
-//! pages that it fills stays longer, and what is not used grows worthless as `L` passes it by. The cost of an adapter is
-//! the time to load it again, that of a block the time to compute it again. All blocks have one size and one cost, so
-//! their values ascend in the order of their last use and only the first of them is ever compared.
+//! by **GreedyDual-Size with frequency** (Cao and Irani 1997, "Cost-Aware WWW Proxy Caching Algorithms", section 4; Cherkasova
+//! 1998, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy"): at each use an entry is worth
+//! `H = L + uses * cost / pages`, and when one is evicted, `L` rises to its `H`. So what costs much to get back for the pages
+//! that it fills and what many ask for stays longer, and what is not used grows worthless as `L` passes it by. The cost of an
+//! adapter is the time to load it again, that of a block the time to compute it again. A block counts as used once, so all
+//! blocks have one cost, their values ascend in the order of their last use and only the first of them is ever compared.
 //!
 //! An idle adapter that waiting sequences want goes only when nothing else is left.
 
@@ -74,11 +75,12 @@ impl Memory {
     pub(crate) fn change_use(&mut self, at: u32, change: impl FnOnce(&mut Adapter)) {
         let Self { adapters, floor, uses, .. } = self;
         adapters.change(at, |adapter| {
-            let was_idle = adapter.is_idle();
+            let (was_idle, running) = (adapter.is_idle(), adapter.running);
             change(adapter);
+            adapter.uses += u64::from(adapter.running > running);
             if adapter.is_idle() && !was_idle {
                 *uses += 1;
-                let cost = adapter.need.load_micros / adapter.need.pages as u64;
+                let cost = adapter.need.load_micros.saturating_mul(adapter.uses.max(1)) / adapter.need.pages as u64;
                 adapter.value = (floor.saturating_add(cost), *uses);
             }
         });
@@ -87,7 +89,7 @@ impl Memory {
     /// Takes all pages of an adapter back.
     pub(crate) fn unload(&mut self, at: u32) {
         let mut pages = self.adapters.change(at, |adapter| {
-            adapter.state = State::Absent;
+            (adapter.state, adapter.uses) = (State::Absent, 0);
             std::mem::take(&mut adapter.pages)
         });
         self.pages.give_back(&mut pages);

@@ -128,6 +128,22 @@ impl Queue {
         self.classes.iter().map(|class| class.waiting).sum()
     }
 
+    /// Whether more than one tenant is known, with live sequences or not long ago.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.by_name.len() > 1
+    }
+
+    /// The best of the sequences that tenants of which nothing runs would have next, as far as they are `ready`.
+    pub(crate) fn first_newcomer(&self, ready: impl Fn(&Ticket) -> bool) -> Option<Ticket> {
+        let newcomers = self.backlogged.iter().map(|&at| self.tenant(at));
+        let newcomers = newcomers.filter(|tenant| tenant.live == tenant.waiting && tenant.has_turns());
+        let heads = newcomers.flat_map(|tenant| tenant.classes.iter().rev().filter_map(VecDeque::front).take(1));
+        heads
+            .filter(|ticket| ready(ticket))
+            .min_by_key(|ticket| (self.tenant(ticket.tenant).counter, ticket.order))
+            .copied()
+    }
+
     /// Counts one more live sequence of `name`; returns its tenant.
     pub(crate) fn join(&mut self, name: &TenantId) -> u32 {
         let tenant = match self.by_name.get(name) {
@@ -271,6 +287,14 @@ impl Queue {
             let tenant = self.tenant(offer.tenant);
             tenant.classes[offer.class][tenant.cursors[offer.class]]
         })
+    }
+
+    /// Whether what is kept for newcomers is for a sequence of this tenant: nothing of it runs, or it is its turn because its
+    /// class has waited too long.
+    pub(crate) fn is_favoured(&self, tenant: u32) -> bool {
+        let (at, tenant) = (tenant, self.tenant(tenant));
+        let is_starved = |offer: &Offer| offer.starved.is_some() && offer.tenant == at;
+        tenant.live == tenant.waiting || self.offers.peek().is_some_and(is_starved)
     }
 
     /// The first sequence behind the one that [`Queue::next`] returned, of the same tenant and class and among the next

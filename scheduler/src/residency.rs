@@ -41,6 +41,8 @@ pub(crate) struct Adapter {
     pub(crate) pinned: bool,
     /// Whether it stays for the starved sequence for which a place is kept.
     pub(crate) kept: bool,
+    /// Sequences that ran with it since it was loaded.
+    pub(crate) uses: u64,
     /// Since it was last used: what keeping it is worth, and the number of that use, which orders equals.
     pub(crate) value: (u64, u64),
 }
@@ -177,6 +179,7 @@ impl Residency {
             waiting: 0,
             pinned: false,
             kept: false,
+            uses: 0,
             value,
         };
         let at = self.vacant.pop().unwrap_or_else(|| {

@@ -4,8 +4,13 @@
 //! 2. Running sequences, best rank first, get rows: all that they miss, within the chunk bound, and always leaving one row
 //!    for each sequence behind them. Where pages run out, cached blocks and idle adapters are evicted, and when there are none,
 //!    the worst-ranked sequence is preempted: its blocks and its lease on its adapter go together.
-//! 3. Waiting sequences are admitted in the queue's order while rows, sequences, adapters and pages allow.
+//! 3. Waiting sequences are admitted in the queue's order while rows, places, adapters and pages allow.
 //! 4. Adapters that waiting sequences want begin to load (`loading.rs`).
+//!
+//! **Newcomers** are tenants of which nothing runs. The last `newcomer_places` of the batch are for them, and prompts under
+//! way and sequences of others leave them up to half of a step's rows: whoever sends little waits for the next step and not for
+//! the backlog of whoever sends much. A tenant is a newcomer with one sequence at most, so this moves little of what fairness
+//! gives.
 //!
 //! **Adapters are a cost.** The more distinct ones a step has, the more it reads besides the model: `max_loras` bounds how
 //! many run at once and `adapter_pages_per_step` how large they are together. Where more wait than can be admitted, a
@@ -36,6 +41,8 @@ pub(crate) struct Room {
     rows: usize,
     /// Rows that one sequence may take.
     chunk: usize,
+    /// Rows that prompts under way leave to a newcomer.
+    kept: usize,
     /// Blocks that sequences with rows in this step will want soon: the rest of their prompts, and one more to grow into.
     /// Admission leaves these alone, so that it is not at once undone by preemption.
     pub(crate) promised: usize,
@@ -76,7 +83,7 @@ impl Scheduler {
         let alone = self.slots.len() == 1;
         let rows = self.config.max_num_batched_tokens;
         let chunk = if alone { rows } else { self.config.long_prefill_chunk };
-        let mut room = Room { rows, chunk, promised: 0, blocked: None };
+        let mut room = Room { rows, chunk, kept: self.newcomer_rows(chunk), promised: 0, blocked: None };
         self.schedule_running(now, &mut room, plan);
         // What was just taken from a running sequence is not given to a waiting one.
         if plan.preempted.is_empty() {
@@ -108,7 +115,8 @@ impl Scheduler {
             let behind = self.running.len() - at - 1;
             let sequence = &self.slots[slot];
             // max_num_batched_tokens >= max_num_seqs, so there is at least one row.
-            let rows = (sequence.tokens.len() - sequence.computed).min(room.chunk).min(room.rows - behind);
+            let left = (room.rows - behind).saturating_sub(room.kept).max(1);
+            let rows = (sequence.tokens.len() - sequence.computed).min(room.chunk).min(left);
             let wanted = self.config.blocks_for(sequence.computed + rows) - sequence.blocks.len();
             // Whoever is preempted stands behind this one and has no rows yet, or is this one itself.
             while self.memory.available() < wanted && self.running.len() > at {
@@ -124,6 +132,18 @@ impl Scheduler {
                 at += 1;
             }
         }
+    }
+
+    /// Rows that the step keeps for the sequence of a tenant of which nothing runs, at most half of all: prompts under way, most
+    /// of them of those who send much, would make it wait for their ends otherwise.
+    fn newcomer_rows(&self, chunk: usize) -> usize {
+        if self.queue.waiting() == 0 || !self.queue.is_shared() || self.running.len() >= self.config.max_num_seqs {
+            return 0;
+        }
+        let adapters = &self.memory.adapters;
+        let newcomer = self.queue.first_newcomer(|ticket| adapters.is_ready(ticket.adapter));
+        let rows = newcomer.map_or(0, |ticket| self.slots[ticket.slot].tokens.len());
+        rows.min(chunk).min(self.config.max_num_batched_tokens / 2)
     }
 
     /// Puts the worst-ranked running sequence back to waiting. It keeps its tokens; its full blocks stay in the prefix cache
@@ -170,6 +190,7 @@ impl Scheduler {
         }
         let mut limits = self.adapter_limits();
         if let Some(ticket) = self.reserved.map(|slot| self.slots[slot].ticket)
+            && self.has_place(&ticket, room)
             && self.can_run(&ticket, &limits)
             && !self.admit_one(&ticket, self.find_prefix(&self.slots[ticket.slot]), now, room, plan)
         {
@@ -182,7 +203,9 @@ impl Scheduler {
         while self.has_room(room) {
             let Some(ticket) = self.queue.next() else { break };
             limits.kept = self.starved_adapter();
-            if !self.can_run(&ticket, &limits) {
+            if !self.has_place(&ticket, room) {
+                self.queue.pass_over(|_| true);
+            } else if !self.can_run(&ticket, &limits) {
                 if first && self.reserved.is_none() && ticket.is_aged(now, self.config.starvation_micros) {
                     self.reserve(ticket.slot);
                 }
@@ -239,6 +262,13 @@ impl Scheduler {
         !self.is_being_computed(sequence, &prefix) && self.admit_one(&other, prefix, now, room, plan)
     }
 
+    /// Whether places and rows are left that are not kept for others.
+    fn has_place(&self, ticket: &Ticket, room: &Room) -> bool {
+        let held = self.queue.is_shared() && !self.queue.is_favoured(ticket.tenant);
+        let (places, rows) = if held { (self.config.newcomer_places, room.kept) } else { (0, 0) };
+        self.running.len() + places < self.config.max_num_seqs && room.rows > rows
+    }
+
     fn has_room(&self, room: &Room) -> bool {
         room.rows > 0 && self.running.len() < self.config.max_num_seqs
     }
@@ -288,9 +318,12 @@ impl Scheduler {
         if self.reserved == Some(ticket.slot) {
             self.release_reservation();
         }
+        if self.queue.is_favoured(ticket.tenant) {
+            room.kept = 0;
+        }
         self.queue.admit(ticket, now);
         self.running.push(ticket.slot);
-        let rows = (length - cached_tokens).min(room.chunk).min(room.rows);
+        let rows = (length - cached_tokens).min(room.chunk).min(room.rows - room.kept);
         self.choose(ticket.slot, rows, cached_tokens, room, plan);
         true
     }

@@ -64,6 +64,7 @@ fn any_config(rng: &mut Rng) -> SchedulerConfig {
         block_size: rng.pick(&[1, 2, 3, 4, 8, 16]),
         num_pages: rng.between(8, 96),
         max_num_seqs,
+        newcomer_places: rng.between(0, max_num_seqs - 1),
         max_num_batched_tokens: max_num_seqs + rng.between(0, 40),
         max_loras: rng.between(1, 4),
         adapter_pages_per_step: rng.between(1, 60),

@@ -113,6 +113,7 @@ pub(crate) fn small() -> SchedulerConfig {
         block_size: 4,
         num_pages: 64,
         max_num_seqs: 8,
+        newcomer_places: 0,
         max_num_batched_tokens: 32,
         max_loras: 2,
         max_waiting: 64,
@@ -536,4 +537,31 @@ fn a_step_cannot_be_planned_over_another() {
     rig.submit(|new| new.max_tokens = 2);
     rig.plan();
     rig.plan();
+}
+
+/// A tenant fills the batch with prompts of this length; another one, seen before, sends one of 8 tokens. The rows that this
+/// gets in the next step.
+fn rows_of_a_newcomer(newcomer_places: usize, loud: usize, prompt: usize) -> usize {
+    let config = SchedulerConfig { newcomer_places, num_pages: 1_024, max_num_batched_tokens: 24, ..small() };
+    let mut rig = Rig::new(config);
+    rig.submit(|new| (new.tenant, new.max_tokens) = (TenantId("quiet".into()), 1));
+    rig.step();
+    for n in 0..loud {
+        rig.submit(|new| (new.prompt, new.max_tokens) = (vec![n as Token; prompt], 60));
+    }
+    (0..20).for_each(|_| drop(rig.step()));
+    let quiet = rig.submit(|new| (new.tenant, new.prompt, new.max_tokens) = (TenantId("quiet".into()), vec![99; 8], 2));
+    let plan = rig.step();
+    plan.sequences.iter().find(|sequence| sequence.id == quiet).map_or(0, |sequence| sequence.rows)
+}
+
+#[test]
+fn a_newcomer_has_a_place_though_another_tenant_sends_more_than_fits() {
+    assert_eq!(rows_of_a_newcomer(1, 20, 3), 8);
+    assert_eq!(rows_of_a_newcomer(0, 20, 3), 0, "without a place kept it waits for an end");
+}
+
+#[test]
+fn a_newcomer_has_rows_though_the_prompts_of_another_tenant_could_use_them_all() {
+    assert_eq!(rows_of_a_newcomer(1, 7, 400), 8);
 }
