@@ -5,9 +5,10 @@ use openlora_scheduler::Rate;
 pub struct EngineConfig {
     /// Bytes of the pool that KV blocks and adapters share; the number of pages follows from the model.
     pub pool_bytes: usize,
-    /// Sequences that run at once. Where there are several tenants, one place in 16 is for those of which nothing runs.
+    /// Sequences that run at once. Where there are several tenants, one place in 16 is for those that run less than their share.
     pub max_num_seqs: usize,
-    /// Rows of one step: decoding sequences take one each, prefill chunks the rest.
+    /// Rows of one step: decoding sequences take one each, prefill chunks the rest. They bound how long a step takes, and so
+    /// how long a new request waits for its first.
     pub max_num_batched_tokens: usize,
     /// Rows one prefill may take in a step while other sequences wait for theirs.
     pub long_prefill_chunk: usize,
@@ -39,8 +40,8 @@ impl Default for EngineConfig {
         let limits = openlora_types::Limits::default();
         Self {
             pool_bytes: 1 << 30,
-            max_num_seqs: 64,
-            max_num_batched_tokens: 512,
+            max_num_seqs: 32,
+            max_num_batched_tokens: 80,
             long_prefill_chunk: 256,
             max_loras: 64,
             adapter_bytes_per_step: 1 << 29,

@@ -38,7 +38,7 @@ impl Engine {
             block_size: spec.block_size,
             num_pages: pages,
             max_num_seqs: config.max_num_seqs,
-            newcomer_places: config.max_num_seqs / 16,
+            kept_places: config.max_num_seqs / 16,
             max_num_batched_tokens: config.max_num_batched_tokens,
             max_loras: config.max_loras,
             adapter_pages_per_step: (config.adapter_bytes_per_step / page_bytes).clamp(1, pages),

@@ -11,10 +11,10 @@ pub struct SchedulerConfig {
     pub num_pages: usize,
     /// Sequences that run at once.
     pub max_num_seqs: usize,
-    /// The last of those places are for tenants of which nothing runs, so that a tenant whose sequences fill the rest does not
-    /// make others wait for the end of one. Fewer than `max_num_seqs`; without effect while only one tenant is known.
-    pub newcomer_places: usize,
-    /// Rows of one step. At least `max_num_seqs`, so that every running sequence gets a row in every step.
+    /// The last of those places are for tenants that run fewer than an equal share, so that one whose sequences fill the rest
+    /// does not make others wait for an end. Fewer than `max_num_seqs`; without effect while only one tenant is known.
+    pub kept_places: usize,
+    /// Rows of one step, which bound how long it takes. At least `max_num_seqs`, so that all running sequences can have one.
     pub max_num_batched_tokens: usize,
     /// Distinct adapter generations among the running sequences; the base model is free.
     pub max_loras: usize,
@@ -51,9 +51,9 @@ impl Default for SchedulerConfig {
         Self {
             block_size: 16,
             num_pages: 1_024,
-            max_num_seqs: 64,
-            newcomer_places: 4,
-            max_num_batched_tokens: 512,
+            max_num_seqs: 32,
+            kept_places: 2,
+            max_num_batched_tokens: 80,
             max_loras: 64,
             adapter_pages_per_step: 1_024,
             max_loading: 4,
@@ -102,13 +102,13 @@ impl SchedulerConfig {
                 return Err(InvalidField::new(format!("engine.{name}"), why));
             }
         }
-        if self.newcomer_places >= self.max_num_seqs {
-            let why = format!("is {}; it must be less than max_num_seqs, {}", self.newcomer_places, self.max_num_seqs);
-            return Err(InvalidField::new("engine.newcomer_places", why));
+        if self.kept_places >= self.max_num_seqs {
+            let why = format!("is {}; it must be less than max_num_seqs, {}", self.kept_places, self.max_num_seqs);
+            return Err(InvalidField::new("engine.kept_places", why));
         }
         if self.max_num_batched_tokens < self.max_num_seqs {
             let why = format!(
-                "is {}; it must be at least max_num_seqs, {}, so that every running sequence gets a row in every step",
+                "is {}; it must be at least max_num_seqs, {}, so that every running sequence can get a row",
                 self.max_num_batched_tokens, self.max_num_seqs
             );
             return Err(InvalidField::new("engine.max_num_batched_tokens", why));
@@ -141,7 +141,7 @@ mod tests {
             ("engine.max_num_seqs", |c| c.max_num_seqs = 0),
             ("engine.max_num_batched_tokens", |c| c.max_num_batched_tokens = 0),
             ("engine.max_num_batched_tokens", |c| c.max_num_batched_tokens = c.max_num_seqs - 1),
-            ("engine.newcomer_places", |c| c.newcomer_places = c.max_num_seqs),
+            ("engine.kept_places", |c| c.kept_places = c.max_num_seqs),
             ("engine.max_loras", |c| c.max_loras = 0),
             ("engine.adapter_pages_per_step", |c| c.adapter_pages_per_step = 0),
             ("engine.max_loading", |c| c.max_loading = 0),

@@ -133,11 +133,22 @@ impl Queue {
         self.by_name.len() > 1
     }
 
-    /// The best of the sequences that tenants of which nothing runs would have next, as far as they are `ready`.
-    pub(crate) fn first_newcomer(&self, ready: impl Fn(&Ticket) -> bool) -> Option<Ticket> {
-        let newcomers = self.backlogged.iter().map(|&at| self.tenant(at));
-        let newcomers = newcomers.filter(|tenant| tenant.live == tenant.waiting && tenant.has_turns());
-        let heads = newcomers.flat_map(|tenant| tenant.classes.iter().rev().filter_map(VecDeque::front).take(1));
+    /// An equal share of so many places: at least 1; one share is for who is idle and may come back.
+    fn share_of(&self, places: usize) -> usize {
+        let tenants = self.by_name.len() - self.idle + usize::from(self.idle > 0);
+        (places / tenants.max(1)).max(1)
+    }
+
+    /// Whether fewer sequences of a tenant run than its share of so many places.
+    pub(crate) fn is_below_share(&self, tenant: u32, places: usize) -> bool {
+        let tenant = self.tenant(tenant);
+        tenant.live - tenant.waiting < self.share_of(places)
+    }
+
+    /// The sequence that the best of the tenants below their share would have next, as far as it is `ready`.
+    pub(crate) fn first_below_share(&self, places: usize, ready: impl Fn(&Ticket) -> bool) -> Option<Ticket> {
+        let below = self.backlogged.iter().filter(|&&at| self.is_below_share(at, places) && self.has_turns(at));
+        let heads = below.filter_map(|&at| self.tenant(at).classes.iter().rev().find_map(VecDeque::front));
         heads
             .filter(|ticket| ready(ticket))
             .min_by_key(|ticket| (self.tenant(ticket.tenant).counter, ticket.order))
@@ -289,12 +300,11 @@ impl Queue {
         })
     }
 
-    /// Whether what is kept for newcomers is for a sequence of this tenant: nothing of it runs, or it is its turn because its
-    /// class has waited too long.
-    pub(crate) fn is_favoured(&self, tenant: u32) -> bool {
-        let (at, tenant) = (tenant, self.tenant(tenant));
-        let is_starved = |offer: &Offer| offer.starved.is_some() && offer.tenant == at;
-        tenant.live == tenant.waiting || self.offers.peek().is_some_and(is_starved)
+    /// Whether what is kept is for a sequence of this tenant: it is below its share of so many places, or it is its turn because
+    /// its class has waited too long.
+    pub(crate) fn is_favoured(&self, tenant: u32, places: usize) -> bool {
+        let is_starved = |offer: &Offer| offer.starved.is_some() && offer.tenant == tenant;
+        self.is_below_share(tenant, places) || self.offers.peek().is_some_and(is_starved)
     }
 
     /// The first sequence behind the one that [`Queue::next`] returned, of the same tenant and class and among the next

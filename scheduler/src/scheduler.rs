@@ -38,6 +38,8 @@ pub struct Scheduler {
     pub(crate) pending_pins: Vec<u32>,
     /// Wanted idle adapters that a load must not evict; filled anew in each step that loads.
     pub(crate) shielded: Vec<u32>,
+    /// The waiting sequence for which the last step had too few pages.
+    pub(crate) blocked: Option<u32>,
     /// What the step being planned has chosen so far.
     pub(crate) chosen: Vec<Chosen>,
     /// Blocks that the step being planned will fill.
@@ -67,6 +69,7 @@ impl Scheduler {
             reserved: None,
             pending_pins: Vec::new(),
             shielded: Vec::new(),
+            blocked: None,
             chosen: Vec::with_capacity(config.max_num_seqs),
             filling: HashSet::default(),
             stats: Stats { pages_total: config.num_pages, ..Stats::default() },
@@ -268,6 +271,7 @@ impl Scheduler {
         self.memory.release_blocks(&mut sequence.blocks);
         sequence.computed = 0;
         sequence.in_flight = 0;
+        sequence.left_out = 0;
         sequence.published = 0;
         sequence.phase = Phase::Waiting;
         if let Some(at) = sequence.ticket.adapter {

@@ -42,7 +42,7 @@ pub struct NewSequence {
 pub(crate) enum Phase {
     /// In the queue; holds no block.
     Waiting,
-    /// Holds blocks and gets at least one row in every step.
+    /// Holds blocks and gets at least one row in every fourth step, and in every step where all can have one.
     Running,
 }
 
@@ -67,6 +67,11 @@ pub(crate) struct Sequence {
     pub(crate) computed: usize,
     /// Rows of the step that is being computed.
     pub(crate) in_flight: usize,
+    /// Steps in a row in which it ran and got no row.
+    pub(crate) left_out: u8,
+    /// In a step that keeps rows: whether its tenant runs less than its share, and whether it must have a row.
+    pub(crate) below_share: bool,
+    pub(crate) owed: bool,
     /// Enough for `computed + in_flight` tokens and not one more.
     pub(crate) blocks: Vec<u32>,
     /// Leading blocks that were offered to the prefix cache or came from it.
@@ -93,6 +98,9 @@ impl Sequence {
             max_tokens: new.max_tokens as usize,
             computed: 0,
             in_flight: 0,
+            left_out: 0,
+            below_share: false,
+            owed: false,
             blocks: Vec::new(),
             published: 0,
             keys: Vec::new(),

@@ -7,10 +7,11 @@
 //! 3. Waiting sequences are admitted in the queue's order while rows, places, adapters and pages allow.
 //! 4. Adapters that waiting sequences want begin to load (`loading.rs`).
 //!
-//! **Newcomers** are tenants of which nothing runs. The last `newcomer_places` of the batch are for them, and prompts under
-//! way and sequences of others leave them up to half of a step's rows: whoever sends little waits for the next step and not for
-//! the backlog of whoever sends much. A tenant is a newcomer with one sequence at most, so this moves little of what fairness
-//! gives.
+//! **Tenants below their share** run fewer sequences than there are places for each tenant. The last `kept_places` of the batch
+//! are for them, and their prompts have rows before all others: where `max_num_batched_tokens` is not enough for everybody,
+//! others are left out of a step, none more than three times in a row. Whoever sends little waits for the next step, which is no
+//! longer than any, and not for the backlog of whoever sends much. That decides when they are served; how much each gets is
+//! still the queue's to say.
 //!
 //! **Adapters are a cost.** The more distinct ones a step has, the more it reads besides the model: `max_loras` bounds how
 //! many run at once and `adapter_pages_per_step` how large they are together. Where more wait than can be admitted, a
@@ -23,6 +24,9 @@ use crate::queue::Ticket;
 use crate::residency::AdapterLimits;
 use crate::sequence::{Phase, Sequence, rank};
 use crate::{ScheduledSequence, Scheduler, SchedulerConfig, StepPlan};
+
+/// Steps in a row in which a running sequence may be left out.
+const LEFT_OUT_MAX: u8 = 3;
 
 /// Rows granted to one sequence in the step being planned.
 #[derive(Clone, Copy, Debug)]
@@ -41,9 +45,12 @@ pub(crate) struct Room {
     rows: usize,
     /// Rows that one sequence may take.
     chunk: usize,
-    /// Rows that prompts under way leave to a newcomer.
+    /// Of those, rows for the waiting sequence of a tenant below its share, and for running ones of such tenants.
     kept: usize,
-    /// Blocks that sequences with rows in this step will want soon: the rest of their prompts, and one more to grow into.
+    kept_running: usize,
+    /// Where rows are kept: running sequences without a row yet that must have one.
+    owed: usize,
+    /// Blocks that running sequences will want soon: the rest of their prompts, and one more to grow into.
     /// Admission leaves these alone, so that it is not at once undone by preemption.
     pub(crate) promised: usize,
     /// The waiting sequence that had its turn and found too few pages, which ended admission.
@@ -83,13 +90,18 @@ impl Scheduler {
         let alone = self.slots.len() == 1;
         let rows = self.config.max_num_batched_tokens;
         let chunk = if alone { rows } else { self.config.long_prefill_chunk };
-        let mut room = Room { rows, chunk, kept: self.newcomer_rows(chunk), promised: 0, blocked: None };
+        let mut room = Room { rows, chunk, kept: 0, kept_running: 0, owed: 0, promised: 0, blocked: None };
+        let (slots, starvation) = (&self.slots, self.config.starvation_micros);
+        // Already in order but for those that aged since the last step; pattern-defeating sorts notice in one pass.
+        self.running.sort_unstable_by_key(|&slot| rank(&slots[slot], now, starvation));
+        self.keep_rows(&mut room);
         self.schedule_running(now, &mut room, plan);
         // What was just taken from a running sequence is not given to a waiting one.
         if plan.preempted.is_empty() {
             self.admit(now, &mut room, plan);
             self.start_loads(now, &room, plan);
         }
+        self.blocked = room.blocked;
         self.write(plan);
     }
 
@@ -106,17 +118,11 @@ impl Scheduler {
     }
 
     fn schedule_running(&mut self, now: Time, room: &mut Room, plan: &mut StepPlan) {
-        let (slots, starvation) = (&self.slots, self.config.starvation_micros);
-        // Already in order but for those that aged since the last step; pattern-defeating sorts notice in one pass.
-        self.running.sort_unstable_by_key(|&slot| rank(&slots[slot], now, starvation));
         let mut at = 0;
         while at < self.running.len() {
             let slot = self.running[at];
-            let behind = self.running.len() - at - 1;
+            let rows = self.rows_of(at, room);
             let sequence = &self.slots[slot];
-            // max_num_batched_tokens >= max_num_seqs, so there is at least one row.
-            let left = (room.rows - behind).saturating_sub(room.kept).max(1);
-            let rows = (sequence.tokens.len() - sequence.computed).min(room.chunk).min(left);
             let wanted = self.config.blocks_for(sequence.computed + rows) - sequence.blocks.len();
             // Whoever is preempted stands behind this one and has no rows yet, or is this one itself.
             while self.memory.available() < wanted && self.running.len() > at {
@@ -125,25 +131,73 @@ impl Scheduler {
                     self.release_reservation();
                 } else {
                     self.preempt(now, plan);
+                    room.owed = room.owed.min(self.owed(self.running.len().min(at + 1)));
                 }
             }
             if at < self.running.len() {
-                self.choose(slot, rows, 0, room, plan);
+                let left_out = &mut self.slots[slot].left_out;
+                *left_out = if rows == 0 { *left_out + 1 } else { 0 };
+                if rows > 0 {
+                    self.choose(slot, rows, 0, room, plan);
+                }
+                self.promise(slot, room);
                 at += 1;
             }
         }
     }
 
-    /// Rows that the step keeps for the sequence of a tenant of which nothing runs, at most half of all: prompts under way, most
-    /// of them of those who send much, would make it wait for their ends otherwise.
-    fn newcomer_rows(&self, chunk: usize) -> usize {
-        if self.queue.waiting() == 0 || !self.queue.is_shared() || self.running.len() >= self.config.max_num_seqs {
-            return 0;
+    /// Rows of a running sequence: what it misses, within the chunk, leaving one for each behind it. Where rows are kept, those
+    /// that are owed some have at least one, and of others the last may get none.
+    fn rows_of(&self, at: usize, room: &mut Room) -> usize {
+        let sequence = &self.slots[self.running[at]];
+        let missing = (sequence.tokens.len() - sequence.computed).min(room.chunk);
+        let behind = self.running.len() - at - 1;
+        if room.kept + room.kept_running + room.owed == 0 && room.rows > behind {
+            return missing.min(room.rows - behind);
         }
-        let adapters = &self.memory.adapters;
-        let newcomer = self.queue.first_newcomer(|ticket| adapters.is_ready(ticket.adapter));
-        let rows = newcomer.map_or(0, |ticket| self.slots[ticket.slot].tokens.len());
-        rows.min(chunk).min(self.config.max_num_batched_tokens / 2)
+        room.owed -= usize::from(sequence.owed);
+        let left = room.rows.saturating_sub(room.owed + room.kept);
+        if sequence.below_share {
+            let rows = missing.min(left.max(1));
+            room.kept_running = room.kept_running.saturating_sub(rows - 1);
+            return rows;
+        }
+        let left = left.saturating_sub(room.kept_running);
+        missing.min(left.saturating_sub(behind - room.owed).max(1)).min(left.max(usize::from(sequence.owed)))
+    }
+
+    /// Keeps rows for prompts of tenants below their share: the next one that waits and could run, and those that run. All these
+    /// must have a row, the best-ranked one, and whoever was left out often enough.
+    fn keep_rows(&mut self, room: &mut Room) {
+        let places = self.config.max_num_seqs;
+        if !self.queue.is_shared() {
+            return;
+        }
+        for (at, &slot) in self.running.iter().enumerate() {
+            let sequence = &mut self.slots[slot];
+            sequence.below_share = self.queue.is_below_share(sequence.ticket.tenant, places);
+            sequence.owed = at == 0 || sequence.below_share || sequence.left_out == LEFT_OUT_MAX;
+            if sequence.below_share {
+                room.kept_running += (sequence.tokens.len() - sequence.computed).min(room.chunk) - 1;
+            }
+        }
+        if self.running.len() < places {
+            let limits = self.adapter_limits();
+            let could_run = |ticket: &Ticket| self.blocked != Some(ticket.slot) && self.can_run(ticket, &limits);
+            let next = self.queue.first_below_share(places, could_run);
+            room.kept = next.map_or(0, |ticket| self.slots[ticket.slot].tokens.len().min(room.chunk));
+        }
+        if room.kept + room.kept_running > 0 {
+            room.owed = self.owed(0);
+            let most = self.config.max_num_batched_tokens - room.owed.max(1);
+            room.kept = room.kept.min(most);
+            room.kept_running = room.kept_running.min(most - room.kept);
+        }
+    }
+
+    /// Running sequences from a place on that must have a row.
+    fn owed(&self, at: usize) -> usize {
+        self.running[at..].iter().filter(|&&slot| self.slots[slot].owed).count()
     }
 
     /// Puts the worst-ranked running sequence back to waiting. It keeps its tokens; its full blocks stay in the prefix cache
@@ -166,9 +220,6 @@ impl Scheduler {
         }
         sequence.in_flight = rows;
         room.rows -= rows;
-        room.promised += self.config.blocks_for(sequence.tokens.len()) - sequence.blocks.len();
-        room.promised +=
-            usize::from(self.config.blocks_for(sequence.tokens_max()) > self.config.blocks_for(sequence.tokens.len()));
         if self.queue.waiting() > 0 {
             let full = self.config.block_size;
             let filled = sequence.published..sequence.keys.len().min(end / full);
@@ -177,6 +228,14 @@ impl Scheduler {
         let order = self.chosen.len();
         self.chosen.push(Chosen { slot, rows, cached_tokens, adapter: 0, order });
         self.in_flight.push(slot);
+    }
+
+    /// Promises a running sequence the blocks that it will want soon.
+    fn promise(&self, slot: u32, room: &mut Room) {
+        let sequence = &self.slots[slot];
+        room.promised += self.config.blocks_for(sequence.tokens.len()) - sequence.blocks.len();
+        room.promised +=
+            usize::from(self.config.blocks_for(sequence.tokens_max()) > self.config.blocks_for(sequence.tokens.len()));
     }
 
     /// Admits waiting sequences in the queue's order. One that lacks pages for its tokens stops the rest, or a large one would
@@ -264,8 +323,8 @@ impl Scheduler {
 
     /// Whether places and rows are left that are not kept for others.
     fn has_place(&self, ticket: &Ticket, room: &Room) -> bool {
-        let held = self.queue.is_shared() && !self.queue.is_favoured(ticket.tenant);
-        let (places, rows) = if held { (self.config.newcomer_places, room.kept) } else { (0, 0) };
+        let held = self.queue.is_shared() && !self.queue.is_favoured(ticket.tenant, self.config.max_num_seqs);
+        let (places, rows) = if held { (self.config.kept_places, room.kept) } else { (0, 0) };
         self.running.len() + places < self.config.max_num_seqs && room.rows > rows
     }
 
@@ -318,13 +377,14 @@ impl Scheduler {
         if self.reserved == Some(ticket.slot) {
             self.release_reservation();
         }
-        if self.queue.is_favoured(ticket.tenant) {
+        if self.queue.is_favoured(ticket.tenant, self.config.max_num_seqs) {
             room.kept = 0;
         }
         self.queue.admit(ticket, now);
         self.running.push(ticket.slot);
         let rows = (length - cached_tokens).min(room.chunk).min(room.rows - room.kept);
         self.choose(ticket.slot, rows, cached_tokens, room, plan);
+        self.promise(ticket.slot, room);
         true
     }
 

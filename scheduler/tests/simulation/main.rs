@@ -64,7 +64,7 @@ fn any_config(rng: &mut Rng) -> SchedulerConfig {
         block_size: rng.pick(&[1, 2, 3, 4, 8, 16]),
         num_pages: rng.between(8, 96),
         max_num_seqs,
-        newcomer_places: rng.between(0, max_num_seqs - 1),
+        kept_places: rng.between(0, max_num_seqs - 1),
         max_num_batched_tokens: max_num_seqs + rng.between(0, 40),
         max_loras: rng.between(1, 4),
         adapter_pages_per_step: rng.between(1, 60),
@@ -106,6 +106,7 @@ fn any_traffic_is_served_within_limits_without_leaks_or_stale_kv() {
     let totals = simulate("any_traffic_is_served", 300, |rng| (any_config(rng), any_traffic(rng)));
     if ran_all_seeds() {
         assert!(totals.finished > 5_000 && totals.expired > 500 && totals.refused > 500, "{totals:?}");
+        assert!(totals.left_out > 500, "{totals:?}");
         assert!(
             totals.aborted_waiting > 100 && totals.aborted_running > 100 && totals.aborted_in_flight > 100,
             "{totals:?}"
