@@ -107,7 +107,7 @@ fn doctor_config_model_and_completions_ask_no_server() {
     assert!(String::from_utf8_lossy(&broken.stdout).contains("/nonexistent.toml"));
     let shown = text(&server.openlora(&["config", "show", "--origin"]));
     assert!(shown.contains("environment OPENLORA_MODEL_PATH"), "{shown}");
-    assert!(shown.contains("engine.max_num_seqs = 64  # default"), "{shown}");
+    assert!(shown.contains("engine.max_num_seqs = 32  # default"), "{shown}");
     text(&server.openlora(&["config", "check"]));
     let model = json(&server.openlora(&["model", "inspect", "--json"]));
     assert_eq!(model["shape"]["layers"], 30);
