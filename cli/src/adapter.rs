@@ -40,7 +40,7 @@ pub(crate) enum AdapterCommand {
     Inspect(FolderArgs),
     /// Try a PEFT folder before sending it: everything a registration checks, and a forward pass beside an f32 reference
     #[command(
-        after_help = "Needs no server. Loads the base model twice, as it is served and in f32 (4 bytes for each weight).\n\nExamples:\n  openlora adapter check ./my-peft-folder\n  openlora adapter check ./my-peft-folder --model ./Qwen2.5-0.5B --json\n  openlora adapter check ./my-peft-folder && openlora adapter add acme/cwe ./my-peft-folder"
+        after_help = "Needs no server. Loads the base model twice: as the settings serve it, and in f32, 4 bytes for each weight (0.64 GB for SmolLM2-135M).\nA server does the same at every registration where adapters.probe is on.\n\nExamples:\n  openlora adapter check ./my-peft-folder\n  openlora adapter check ./my-peft-folder --model ./Qwen2.5-0.5B --json\n  openlora adapter check ./my-peft-folder && openlora adapter add acme/cwe ./my-peft-folder"
     )]
     Check(FolderArgs),
     /// Check every tensor of a PEFT folder, and that it is what the server serves under an alias
