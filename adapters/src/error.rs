@@ -61,6 +61,12 @@ pub enum AdapterError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The probe itself failed: the device, or its memory. UNAVAILABLE.
+    #[error("could not probe the adapter: {reason}")]
+    Probe {
+        /// What failed.
+        reason: String,
+    },
     /// The registry's database refused something or cannot be reached. UNAVAILABLE.
     #[error("could not {action}: {source}")]
     Database {
@@ -100,7 +106,7 @@ impl AdapterError {
 impl Classify for AdapterError {
     fn is_retryable(&self) -> bool {
         match self {
-            Self::Io { .. } | Self::Database { .. } => true,
+            Self::Io { .. } | Self::Database { .. } | Self::Probe { .. } => true,
             Self::LimitReached { passes, .. } => *passes,
             _ => false,
         }
@@ -108,7 +114,7 @@ impl Classify for AdapterError {
 
     fn fault(&self) -> Fault {
         match self {
-            Self::Io { .. } | Self::Database { .. } | Self::Corrupt { .. } => Fault::Server,
+            Self::Io { .. } | Self::Database { .. } | Self::Corrupt { .. } | Self::Probe { .. } => Fault::Server,
             Self::LimitReached { passes, .. } if *passes => Fault::Server,
             _ => Fault::Client,
         }

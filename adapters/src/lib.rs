@@ -50,5 +50,5 @@ pub use lease::Lease;
 pub use parse::BaseRows;
 pub use registry::{Lineage, Quota};
 pub use safetensors_file::{Dtype, Header, TensorEntry};
-pub use store::{AdapterStore, StoreConfig};
+pub use store::{AdapterStore, Probe, StoreConfig};
 pub use upload::Upload;

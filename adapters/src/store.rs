@@ -15,7 +15,7 @@ use std::{
     io::{Read, Write},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -63,6 +63,13 @@ pub struct StoreConfig {
     pub host_cache_bytes: u64,
 }
 
+/// Tries an adapter on the model that would serve it. One at a time, and before anything is published.
+pub trait Probe: Send {
+    /// # Errors
+    /// [`AdapterError::Invalid`] for an adapter that must not be served, [`AdapterError::Probe`] where it could not be tried.
+    fn probe(&mut self, weights: &AdapterWeights) -> Result<(), AdapterError>;
+}
+
 /// The registry, its files and its cache. Share it by reference or `Arc`; every method takes `&self` and may block on
 /// disk, database or network, so none is for a thread that runs async tasks.
 pub struct AdapterStore {
@@ -80,6 +87,7 @@ pub(crate) struct Inner {
     roots: Vec<PathBuf>,
     host_cache_bytes: u64,
     base: Option<Arc<dyn BaseRows>>,
+    probe: Option<Mutex<Box<dyn Probe>>>,
     pub(crate) cache: HostCache,
     pub(crate) names: Names,
     /// What the registry last said, for when it does not answer.
@@ -132,6 +140,7 @@ impl AdapterStore {
             roots,
             host_cache_bytes: config.host_cache_bytes,
             base: None,
+            probe: None,
             counted: Default::default(),
         };
         let store = Self { inner: Arc::new(inner) };
@@ -148,6 +157,17 @@ impl AdapterStore {
     #[must_use]
     pub fn with_base(mut self, base: Arc<dyn BaseRows>) -> Self {
         Arc::get_mut(&mut self.inner).expect("the base is given before the store is used").base = Some(base);
+        self
+    }
+
+    /// Has every adapter tried by `probe` before it is registered. Call it before the store is shared.
+    ///
+    /// # Panics
+    /// Where the store is shared with an upload already.
+    #[must_use]
+    pub fn with_probe(mut self, probe: Box<dyn Probe>) -> Self {
+        let inner = Arc::get_mut(&mut self.inner).expect("the probe is given before the store is used");
+        inner.probe = Some(Mutex::new(probe));
         self
     }
 
@@ -381,7 +401,7 @@ impl Inner {
         let parsed = Parsed::read(&AdapterFolder::open_own(staged.path())?, &self.shape, &self.limits)?;
         parsed.check()?;
         parsed.check_base_copies(self.base.as_deref())?;
-        let (generation, summary) = (parsed.generation()?, parsed.summary());
+        let summary = parsed.summary();
         let (bytes, max) = (summary.bytes, self.host_cache_bytes);
         if bytes > max {
             return Err(AdapterError::LimitReached {
@@ -391,8 +411,19 @@ impl Inner {
                 passes: false,
             });
         }
+        let generation = self.identify(&parsed)?;
         let location = Files::location(generation, staged);
         Ok(Known { generation, base: base_id(&self.shape), location, summary })
+    }
+
+    /// Hashes the tensors, and where there is a probe has it try them: what was tried is what was hashed.
+    fn identify(&self, parsed: &Parsed) -> Result<Generation, AdapterError> {
+        let Some(probe) = &self.probe else { return parsed.generation() };
+        // Taken before the weights are read, which are outside the cache's bound: those of one adapter at a time.
+        let mut probe = probe.lock().unwrap_or_else(PoisonError::into_inner);
+        let weights = weights::load(&parsed.file, &parsed.header, &parsed.plan)?;
+        probe.probe(&weights)?;
+        Ok(weights.generation)
     }
 
     pub(crate) async fn unpin_unless_wanted(&self, generation: Generation) {

@@ -1,4 +1,4 @@
-//! `openlora adapter`: what a model owner does with adapters. `inspect` and `verify` need no server.
+//! `openlora adapter`: what a model owner does with adapters. `inspect`, `check` and `verify` need no server.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -38,6 +38,11 @@ pub(crate) enum AdapterCommand {
     /// Show what a PEFT folder would change in the model: modules, ranks, scales, bytes, generation
     #[command(after_help = "Example:\n  openlora adapter inspect ./my-peft-folder")]
     Inspect(FolderArgs),
+    /// Try a PEFT folder before sending it: everything a registration checks, and a forward pass beside an f32 reference
+    #[command(
+        after_help = "Needs no server. Loads the base model twice: as the settings serve it, and in f32, 4 bytes for each weight (0.64 GB for SmolLM2-135M).\nA server does the same at every registration where adapters.probe is on.\n\nExamples:\n  openlora adapter check ./my-peft-folder\n  openlora adapter check ./my-peft-folder --model ./Qwen2.5-0.5B --json\n  openlora adapter check ./my-peft-folder && openlora adapter add acme/cwe ./my-peft-folder"
+    )]
+    Check(FolderArgs),
     /// Check every tensor of a PEFT folder, and that it is what the server serves under an alias
     #[command(
         after_help = "Examples:\n  openlora adapter verify ./my-peft-folder\n  openlora adapter verify ./my-peft-folder --alias acme/cwe"
@@ -87,10 +92,10 @@ pub(crate) struct RmArgs {
 #[derive(Args)]
 pub(crate) struct FolderArgs {
     /// Folder with adapter_config.json and adapter_model.safetensors
-    folder: PathBuf,
+    pub(crate) folder: PathBuf,
     /// The base model: a GGUF file or Hugging Face folder; the configured one when left out
     #[arg(long, value_name = "PATH")]
-    model: Option<PathBuf>,
+    pub(crate) model: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -110,6 +115,7 @@ pub(crate) fn run(global: &Global, command: &AdapterCommand) -> Result<ExitCode>
         AdapterCommand::Ls(args) => crate::block_on(ls(global, args)),
         AdapterCommand::Rm(args) => crate::block_on(rm(global, args)),
         AdapterCommand::Inspect(args) => inspect(global, args),
+        AdapterCommand::Check(args) => crate::check::run(global, args),
         AdapterCommand::Verify(args) => verify(global, args),
     }
 }

@@ -77,6 +77,7 @@ pub(crate) struct Adapters {
     pub(crate) store_url: String,
     pub(crate) allowed_roots: Vec<PathBuf>,
     pub(crate) host_cache_bytes: u64,
+    pub(crate) probe: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]

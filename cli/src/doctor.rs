@@ -91,19 +91,22 @@ fn memory(config: &Config) -> Result<String> {
         .context("/proc/meminfo has no MemAvailable")?
         * 1024;
     let model = std::fs::metadata(&config.model.path).map_or(0, |meta| meta.len());
+    // 4.5 bits and more become 32.
+    let exact = model * 7;
     let weights = match config.model.precision {
         Precision::Quantised => model,
-        // 4.5 bits and more become 32.
-        Precision::F32 => model * 7,
+        Precision::F32 => exact,
     };
-    let needed = weights + config.engine.pool_bytes as u64 + config.adapters.host_cache_bytes;
+    let reference = if config.adapters.probe { exact } else { 0 };
+    let needed = weights + reference + config.engine.pool_bytes as u64 + config.adapters.host_cache_bytes;
     let mib = |bytes: u64| bytes >> 20;
     if needed > available {
         anyhow::bail!(
             "the settings may use {} MiB and {} MiB are available; lower engine.pool_bytes or \
-             adapters.host_cache_bytes",
+             adapters.host_cache_bytes{}",
             mib(needed),
-            mib(available)
+            mib(available),
+            if config.adapters.probe { ", or switch adapters.probe off" } else { "" }
         );
     }
     Ok(format!("up to {} of {} MiB available", mib(needed), mib(available)))
@@ -125,10 +128,8 @@ fn adapters(config: &Config, files: &Arc<ModelFiles>) -> Result<Option<String>> 
     }
     match serve::open_store(config, files) {
         Ok(store) => Ok(Some(format!("{} registered", store.stats().registered))),
-        Err(error) => match error.downcast_ref::<AdapterError>() {
-            Some(AdapterError::Io { source, .. }) if source.kind() == std::io::ErrorKind::ResourceBusy => Ok(None),
-            _ => Err(error),
-        },
+        Err(AdapterError::Io { source, .. }) if source.kind() == std::io::ErrorKind::ResourceBusy => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 

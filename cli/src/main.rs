@@ -5,6 +5,7 @@
 
 mod adapter;
 mod bench;
+mod check;
 mod client;
 mod config;
 mod doctor;
@@ -50,7 +51,7 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Ask the model or an adapter; the answer streams to the terminal
     Generate(generate::GenerateArgs),
-    /// Register, list, remove, inspect and verify adapters
+    /// Register, list, remove, inspect, check and verify adapters
     #[command(subcommand)]
     Adapter(adapter::AdapterCommand),
     /// Look into model files

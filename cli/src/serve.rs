@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use openlora_adapters::{AdapterStore, BaseRows, StoreConfig};
+use openlora_adapters::{AdapterError, AdapterStore, BaseRows, StoreConfig};
 use openlora_engine::{Engine, EngineConfig, EngineHandle, Rate};
 use openlora_kernels::Precision;
 use openlora_kernels::cpu::{Cpu, Isa};
@@ -18,6 +18,7 @@ use openlora_server::{App, Auth, EngineLimits, ModelFacts, ServerConfig, Tls};
 use openlora_types::{Module, Site};
 use toml::Value;
 
+use crate::check::CpuProbe;
 use crate::config::{Config, Flag};
 use crate::{Global, load_config};
 
@@ -79,13 +80,19 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
     let server_config = server_config(&config, args.insecure_no_auth);
     server_config.validate()?;
     let files = open_model(&config)?;
-    let store = Arc::new(open_store(&config, &files)?);
-    let engine = start_engine(&config, &files, engine_config(&config))?;
+    let mut store = open_store(&config, &files)?;
+    let engine_config = engine_config(&config);
+    let model = load_model(&config, &files, &engine_config)?;
+    if config.adapters.probe {
+        // One thread: the others' time belongs to the requests.
+        store = store.with_probe(Box::new(CpuProbe::new(&model, 1)?));
+    }
+    let engine = Engine::start(model, engine_config)?;
     let shape = files.shape();
     let name = shape.name.clone();
     let app = App {
         engine: engine.clone(),
-        store,
+        store: Arc::new(store),
         tokenizer: files.tokenizer()?,
         template: files.chat_template()?.map(Arc::new),
         engine_limits: EngineLimits {
@@ -139,7 +146,7 @@ impl BaseRows for Base {
     }
 }
 
-pub(crate) fn open_store(config: &Config, files: &Arc<ModelFiles>) -> Result<AdapterStore> {
+pub(crate) fn open_store(config: &Config, files: &Arc<ModelFiles>) -> Result<AdapterStore, AdapterError> {
     let adapters = StoreConfig {
         data_dir: config.adapters.data_dir.clone(),
         database_url: config.adapters.database_url.clone(),
@@ -181,6 +188,11 @@ pub(crate) fn engine_config(config: &Config) -> EngineConfig {
 
 /// Loads the weights with a progress bar and starts the step thread.
 pub(crate) fn start_engine(config: &Config, files: &Arc<ModelFiles>, engine: EngineConfig) -> Result<EngineHandle> {
+    Ok(Engine::start(load_model(config, files, &engine)?, engine)?)
+}
+
+/// Loads the weights, with a progress bar, for the steps of `engine`.
+pub(crate) fn load_model(config: &Config, files: &Arc<ModelFiles>, engine: &EngineConfig) -> Result<Arc<Model<Cpu>>> {
     let precision = match config.model.precision {
         crate::config::Precision::Quantised => Precision::Quantised,
         crate::config::Precision::F32 => Precision::F32,
@@ -199,7 +211,7 @@ pub(crate) fn start_engine(config: &Config, files: &Arc<ModelFiles>, engine: Eng
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    Ok(Engine::start(Arc::new(model), engine)?)
+    Ok(Arc::new(model))
 }
 
 fn server_config(config: &Config, insecure: bool) -> ServerConfig {

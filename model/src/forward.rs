@@ -31,6 +31,9 @@ pub struct Activations<B: Backend> {
     logits: B::Tensor,
     /// Wanted rows of the last forward.
     rows: usize,
+    /// Rows and logit rows there is room for.
+    rows_max: usize,
+    logit_rows_max: usize,
 }
 
 impl<B: Backend> Activations<B> {
@@ -41,13 +44,20 @@ impl<B: Backend> Activations<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Allocates the buffers of a forward pass.
+    /// Allocates the buffers of the largest forward pass the model was loaded for.
     ///
     /// # Errors
     /// Memory.
     pub fn new_activations(&self) -> Result<Activations<B>, ModelError> {
+        self.activations(self.options.max_rows, self.options.max_logit_rows)
+    }
+
+    /// Allocates the buffers of a forward pass of at most `rows`, whose logits are computed for `logit_rows` at once.
+    ///
+    /// # Errors
+    /// Memory.
+    pub fn activations(&self, rows: usize, logit_rows: usize) -> Result<Activations<B>, ModelError> {
         let shape = self.shape();
-        let (rows, logit_rows) = (self.options.max_rows, self.options.max_logit_rows);
         let q = shape.heads * shape.head_dim;
         let kv = shape.kv_heads * shape.head_dim;
         let tensor = |rows, width| self.backend.new_tensor(rows, width);
@@ -64,6 +74,8 @@ impl<B: Backend> Model<B> {
             gathered: tensor(logit_rows, shape.hidden)?,
             logits: tensor(logit_rows, shape.vocab)?,
             rows: 0,
+            rows_max: rows,
+            logit_rows_max: logit_rows,
         })
     }
 
@@ -72,7 +84,7 @@ impl<B: Backend> Model<B> {
     /// in the last layer the others end once their keys and values are stored. Allocates nothing.
     ///
     /// # Errors
-    /// A step that does not fit what the model was loaded for, a wanted row it does not have, or a device failure.
+    /// A step that does not fit `act` or what the model was loaded for, a wanted row it does not have, or a device failure.
     pub fn forward(
         &self,
         act: &mut Activations<B>,
@@ -81,8 +93,9 @@ impl<B: Backend> Model<B> {
         (wanted, wanted_lora): (&[u32], &LoraRows<'_, B::Adapter>),
         pages: &mut B::Pages,
     ) -> Result<(), ModelError> {
-        self.check_step(step)?;
         let rows = step.tokens.len();
+        within("number of rows", rows, act.rows_max)?;
+        self.check_step(step)?;
         check_wanted(wanted, rows)?;
         act.rows = wanted.len();
         let backend = &*self.backend;
@@ -151,14 +164,14 @@ impl<B: Backend> Model<B> {
     /// `max_logit_rows` asks several times.
     ///
     /// # Errors
-    /// More rows than `max_logit_rows`, a row the last forward did not have, or a device failure.
+    /// More rows than `act` has room for, a row the last forward did not have, or a device failure.
     pub fn logits<'a>(
         &self,
         act: &'a mut Activations<B>,
         rows: &[u32],
         lora: &LoraRows<'_, B::Adapter>,
     ) -> Result<&'a mut B::Tensor, ModelError> {
-        within("number of logit rows", rows.len(), self.options.max_logit_rows)?;
+        within("number of logit rows", rows.len(), act.logit_rows_max)?;
         if let Some(row) = rows.iter().find(|row| **row as usize >= act.rows) {
             return Err(ModelError::Step { what: "logit row + 1", value: *row as usize + 1, max: act.rows });
         }
@@ -170,7 +183,6 @@ impl<B: Backend> Model<B> {
     /// What kernels index with must be in range here, so that they need not check each element.
     fn check_step(&self, step: &StepRows<'_>) -> Result<(), ModelError> {
         let rows = step.tokens.len();
-        within("number of rows", rows, self.options.max_rows)?;
         if step.positions.len() != rows {
             return Err(ModelError::Step { what: "number of positions", value: step.positions.len(), max: rows });
         }

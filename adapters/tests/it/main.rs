@@ -8,6 +8,7 @@ mod folders;
 mod fuzz;
 mod generation;
 mod make;
+mod probe;
 mod refusals;
 mod registry;
 mod store;

@@ -114,3 +114,80 @@ fn doctor_config_model_and_completions_ask_no_server() {
     assert_eq!(model["tensors"].as_array().map(Vec::len), Some(272));
     assert!(text(&server.openlora(&["completions", "bash"])).contains("_openlora"));
 }
+
+/// A fixture's copy whose scale is changed: every number in it is finite, what it computes is not.
+fn overflowing(folder: &str) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().expect("a folder");
+    let from = fixtures().join(folder);
+    std::fs::copy(from.join("adapter_model.safetensors"), copy.path().join("adapter_model.safetensors"))
+        .expect("copied");
+    let config = std::fs::read_to_string(from.join("adapter_config.json")).expect("a fixture");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    config["lora_alpha"] = 1e30.into();
+    std::fs::write(copy.path().join("adapter_config.json"), config.to_string()).expect("written");
+    copy
+}
+
+const TINY: &str = "models/llama3";
+const TINY_ADAPTER: &str = "adapters-tiny/llama3/all-linear";
+
+#[test]
+fn an_owner_checks_an_adapter_without_a_server() {
+    let home = tempfile::tempdir().expect("a folder");
+    let model = fixtures().join(TINY);
+    let check = |folder: &std::path::Path, more: &[&str]| {
+        let mut command = Command::new(OPENLORA);
+        command.env("OPENLORA_HOME", home.path()).env_remove("OPENLORA_MODEL_PATH");
+        command.args(["adapter", "check"]).arg(folder).arg("--model").arg(&model).args(more).output().expect("runs")
+    };
+    let good = fixtures().join(TINY_ADAPTER);
+    let checked = json(&check(&good, &["--json"]));
+    assert_eq!((&checked["ok"], &checked["problems"]), (&true.into(), &Value::Array(vec![])), "{checked}");
+    assert_eq!(checked["generation"].as_str().map(str::len), Some(64));
+    assert_eq!(checked["probe"]["tokens"], 32);
+    assert!(checked["probe"]["effect_max"].as_f64().expect("a number") > 0.0, "{checked}");
+    let table = text(&check(&good, &[]));
+    assert!(table.contains("mean KL") && table.ends_with("would be registered\n"), "{table}");
+
+    let bad = overflowing(TINY_ADAPTER);
+    let refused = check(bad.path(), &[]);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&refused.stdout);
+    assert!(said.contains("would be refused") && said.contains("leaves no next token"), "{said}");
+    let refused = check(bad.path(), &["--json"]);
+    assert_eq!(refused.status.code(), Some(1));
+    let refused: Value = serde_json::from_slice(&refused.stdout).expect("JSON");
+    assert_eq!((&refused["ok"], &refused["generation"]), (&false.into(), &Value::Null), "{refused}");
+    assert!(refused["probe"]["lost"].as_u64() > Some(0), "{refused}");
+
+    // What is wrong with the files is said as by `inspect`, before any model is loaded.
+    std::fs::write(bad.path().join("adapter_model.safetensors"), "").expect("written");
+    assert!(!check(bad.path(), &[]).status.success());
+    assert_eq!(std::fs::read_dir(home.path()).expect("the home").count(), 0, "a check leaves nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_with_the_probe_on_refuses_what_overflows_and_keeps_nothing_of_it() {
+    let model = fixtures().join(TINY);
+    let model = model.to_str().expect("a path");
+    let server = Server::start(&[("OPENLORA_MODEL_PATH", model), ("OPENLORA_ADAPTERS_PROBE", "true")]);
+    let client = server.client().await;
+    let bad = overflowing(TINY_ADAPTER);
+    let error = client.upload("admin/bad", bad.path().to_str().expect("a path"), false).await.expect_err("refused");
+    assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error}");
+    assert!(error.message().contains("leaves no next token"), "{error}");
+    for folder in ["staging", "adapters"] {
+        let left = std::fs::read_dir(server.home.path().join("adapters").join(folder)).expect("the store's folder");
+        assert_eq!(left.count(), 0, "{folder}");
+    }
+    let good = client.upload("admin/good", TINY_ADAPTER, false).await.expect("passes");
+    let request = crate::support::greedy("admin/good", &[1, 2, 3], 4);
+    assert_eq!(client.generate(request).await.expect("answers").generation, good.generation);
+    assert!(server.log().contains("adapter probed"), "{}", server.log());
+
+    // Off, as by default, the same adapter is taken as before: nothing is computed with it.
+    let plain = Server::start(&[("OPENLORA_MODEL_PATH", model)]);
+    let taken = plain.client().await.upload("admin/bad", bad.path().to_str().expect("a path"), false).await;
+    taken.expect("not tried");
+    assert!(!plain.log().contains("probed"), "{}", plain.log());
+}

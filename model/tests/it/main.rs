@@ -4,5 +4,6 @@
 mod batch;
 mod families;
 mod golden;
+mod probe;
 mod quantised;
 mod support;

@@ -77,7 +77,7 @@ impl BaseRows for Base {
 }
 
 /// Parses a PEFT folder as a server would: registered in a store, then resolved.
-fn read_adapter(path: &Path, files: &Arc<ModelFiles>) -> Arc<AdapterWeights> {
+pub(crate) fn read_adapter(path: &Path, files: &Arc<ModelFiles>) -> Arc<AdapterWeights> {
     let data = tempfile::tempdir().expect("temporary folder");
     let root = path.parent().expect("a folder beside others").canonicalize().expect("exists");
     let config = StoreConfig {
