@@ -63,7 +63,7 @@ impl Bench {
             deadline: None,
             cache_salt: String::new(),
         };
-        let pages = lease.map_or(0, |lease| self.state.model.adapter_pages(lease.sizes()).expect("it fits"));
+        let pages = lease.map_or(0, |lease| self.state.model.adapter_pages(lease.sizes()));
         let incoming = Incoming { submit, pages, events: sender, control: Arc::clone(&control) };
         assert!(self.commands.try_send(Command::Submit(Box::new(incoming))).is_ok(), "there is room");
         self.readers.push(OutputStream { events, control, complete: false });
@@ -93,7 +93,7 @@ impl Bench {
 
     /// Sees to it that an adapter is on the device, so that all requests begin together.
     fn bring(&mut self, lease: &Lease) {
-        let pages = self.state.model.adapter_pages(lease.sizes()).expect("it fits");
+        let pages = self.state.model.adapter_pages(lease.sizes());
         self.state.obey(Command::Pin(vec![(lease.clone(), pages)]));
         assert!(!self.state.step().expect("the step succeeds"), "there is nothing to run yet");
         let loaded = self.state.loader.wait(Duration::from_secs(60)).expect("the load ends");

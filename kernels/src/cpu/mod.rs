@@ -162,7 +162,7 @@ impl Backend for Cpu {
         adapter.byte_len()
     }
 
-    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> Result<usize, KernelError> {
+    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> usize {
         CpuAdapter::pages(sizes, page_bytes, self.precision)
     }
 

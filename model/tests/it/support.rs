@@ -141,7 +141,7 @@ impl Host {
     /// The PEFT adapter in a fixture folder, loaded.
     pub(crate) fn adapter(&self, folder: &str) -> Adapter {
         let weights = read_adapter(&fixture(folder), &self.files);
-        let needed = self.model.adapter_pages(&weights.sizes()).unwrap_or_else(|error| panic!("{folder}: {error}"));
+        let needed = self.model.adapter_pages(&weights.sizes());
         let (backend, spec) = (self.model.backend(), self.model.attention_spec());
         let mut pool = backend.new_pages(spec, self.model.layers(), needed).expect("memory");
         pool.fill(f32::NAN);
