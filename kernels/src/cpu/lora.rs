@@ -7,8 +7,8 @@
 //! nobody waiting. Nothing is padded to the largest rank.
 //!
 //! **A row's bits** depend on its own adapter alone: an element of `z` is one chain of multiply-adds over the inputs and one
-//! sum over 16 lanes, or the sum of one for each strip of A where its rows are longer than a page; an output
-//! is one chain over the ranks, then the additions and products of the definition in [`openlora_types::SiteWeights`].
+//! sum over 16 lanes, or the sum of one for each strip of A where its rows are longer than a page; an output is one chain over
+//! the ranks, then the additions and products of the definition in [`openlora_types::SiteWeights`].
 
 mod adapter;
 mod kernels;
