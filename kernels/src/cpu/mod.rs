@@ -167,7 +167,9 @@ impl Backend for Cpu {
     }
 
     fn new_pages(&self, spec: &AttentionSpec, layers: usize, pages: usize) -> Result<CpuPages, KernelError> {
-        CpuPages::new(spec, layers, pages, self.precision)
+        let pool = CpuPages::new(spec, layers, pages, self.precision)?;
+        self.scratch().attention.reserve(self.pool.threads(), &pool.layout, pages);
+        Ok(pool)
     }
 
     fn page_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize {
