@@ -150,6 +150,11 @@ impl Host {
         self.model.load_adapter(&weights, pages).unwrap_or_else(|error| panic!("{folder}: {error}"))
     }
 
+    /// Fills all KV with NaN: what a step reads after this has been stored after this.
+    pub(crate) fn forget(&mut self) {
+        self.kv.fill(f32::NAN);
+    }
+
     /// Computes one step and returns the logits of all its rows, `[rows, vocab]` per sequence.
     pub(crate) fn step(&mut self, sequences: &[Rows<'_>]) -> Vec<Vec<f32>> {
         let counts: Vec<usize> = sequences.iter().map(|sequence| sequence.tokens.len()).collect();
