@@ -177,11 +177,6 @@ impl<B: Backend> Common<B> {
         self.stream_events_max.max(answer + scored)
     }
 
-    /// Pages that an adapter takes.
-    fn adapter_pages(&self, lease: &Lease) -> Result<usize, EngineError> {
-        self.model.adapter_pages(lease.sizes()).map_err(|error| EngineError::Adapter(error.to_string()))
-    }
-
     /// A place in the step thread's queue.
     fn place(&self) -> Result<mpsc::Permit<'_, Command>, EngineError> {
         self.commands.try_reserve().map_err(|error| match error {
@@ -200,7 +195,7 @@ impl<B: Backend> Shared for Common<B> {
             return Err(EngineError::Draining);
         }
         self.check(&submit)?;
-        let pages = submit.lease.as_ref().map_or(Ok(0), |lease| self.adapter_pages(lease))?;
+        let pages = submit.lease.as_ref().map_or(0, |lease| self.model.adapter_pages(lease.sizes()));
         let place = self.place()?;
         let (sender, events) = mpsc::channel(self.stream_events(&submit.sampling));
         let control = Arc::new(Control::default());
@@ -210,9 +205,11 @@ impl<B: Backend> Shared for Common<B> {
     }
 
     fn set_pinned(&self, leases: Vec<Lease>) -> Result<(), EngineError> {
-        let sized = leases.into_iter().map(|lease| self.adapter_pages(&lease).map(|pages| (lease, pages)));
-        let pinned = sized.collect::<Result<_, _>>()?;
-        self.place()?.send(Command::Pin(pinned));
+        let sized = leases.into_iter().map(|lease| {
+            let pages = self.model.adapter_pages(lease.sizes());
+            (lease, pages)
+        });
+        self.place()?.send(Command::Pin(sized.collect()));
         Ok(())
     }
 

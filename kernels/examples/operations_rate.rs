@@ -169,7 +169,7 @@ fn adapter(rank: usize) -> CpuAdapter {
     let scales = vec![None; weights.sites.len()];
     let precision = Precision::Quantised;
     let sizes = weights.sizes();
-    let pages = CpuAdapter::pages(&sizes, page_bytes(&SPEC, LAYERS, precision), precision).expect("rows fit");
+    let pages = CpuAdapter::pages(&sizes, page_bytes(&SPEC, LAYERS, precision), precision);
     let mut pool = CpuPages::new(&SPEC, LAYERS, pages, precision).expect("memory");
     let pages: Vec<u32> = (0..pages as u32).collect();
     let pages = pool.take(&pages).expect("free");

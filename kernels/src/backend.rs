@@ -64,10 +64,7 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<Self::Adapter, KernelError>;
 
     /// How many pages of `page_bytes` [`Backend::load_adapter`] needs for an adapter of these sizes.
-    ///
-    /// # Errors
-    /// A factor that does not fit such pages.
-    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> Result<usize, KernelError>;
+    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> usize;
 
     /// Bytes an adapter uses on the device, without the unused ends of its pages.
     fn adapter_bytes(&self, adapter: &Self::Adapter) -> usize;

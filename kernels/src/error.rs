@@ -82,20 +82,6 @@ pub enum KernelError {
         /// The value.
         value: f32,
     },
-    /// A row of an adapter's factor does not fit a page of the pool.
-    #[error(
-        "{site}: one rank of factor {factor} takes {bytes} bytes and a page of the pool has {page_bytes}; serve with larger KV blocks"
-    )]
-    AdapterRow {
-        /// Where.
-        site: Site,
-        /// A or B.
-        factor: &'static str,
-        /// Of the row.
-        bytes: usize,
-        /// Of a page.
-        page_bytes: usize,
-    },
     /// An adapter was given too few pages.
     #[error("the adapter needs {needed} pages of the pool and was given {given}")]
     AdapterPages {
@@ -139,7 +125,7 @@ impl Classify for KernelError {
     }
     fn fault(&self) -> Fault {
         match self {
-            Self::AdapterShape { .. } | Self::AdapterRange { .. } | Self::AdapterRow { .. } => Fault::Client,
+            Self::AdapterShape { .. } | Self::AdapterRange { .. } => Fault::Client,
             _ => Fault::Server,
         }
     }

@@ -12,12 +12,10 @@ use crate::weights::Model;
 
 impl<B: Backend> Model<B> {
     /// How many pages of this model's pool [`Self::load_adapter`] needs for an adapter of these sizes.
-    ///
-    /// # Errors
-    /// A factor that does not fit the pool's pages.
-    pub fn adapter_pages(&self, sizes: &AdapterSizes) -> Result<usize, ModelError> {
+    #[must_use]
+    pub fn adapter_pages(&self, sizes: &AdapterSizes) -> usize {
         let page_bytes = self.backend.page_bytes(&self.attention, self.layers());
-        Ok(self.backend.adapter_pages(sizes, page_bytes)?)
+        self.backend.adapter_pages(sizes, page_bytes)
     }
 
     /// Makes an adapter resident on the device, in `pages` of its own. Takes `&self`, so that it can run beside the step thread.

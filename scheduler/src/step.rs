@@ -423,6 +423,9 @@ impl Scheduler {
             chosen.adapter = self.memory.adapters.rank(self.slots[chosen.slot].ticket.adapter);
         }
         self.chosen.sort_unstable_by_key(|chosen| (chosen.adapter, chosen.order));
+        // Room for the tables at their longest: nothing is allocated while sequences lengthen.
+        let blocks_max = |chosen: &Chosen| self.config.blocks_for(self.slots[chosen.slot].tokens_max());
+        plan.block_tables.reserve(self.chosen.iter().map(blocks_max).sum());
         for chosen in &self.chosen {
             let sequence = &self.slots[chosen.slot];
             plan.sequences.push(ScheduledSequence {

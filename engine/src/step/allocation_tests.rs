@@ -1,5 +1,5 @@
-//! A decode step allocates nothing: the step thread's own loop, driven by hand in one thread so that its allocations can be
-//! counted. The backend has one thread here, so that kernels are counted too.
+//! A decode step allocates nothing, however long the sequences become: the step thread's own loop, driven by hand in one
+//! thread so that its allocations can be counted. Small blocks make many of few tokens.
 
 use std::path::Path;
 
@@ -13,12 +13,13 @@ use openlora_types::{Alias, Limits, Priority, TenantId};
 use super::*;
 use crate::{OutputStream, Submit};
 
-const BLOCK: usize = 16;
-/// Room for a prompt, the warm-up and what is measured.
-const MAX_TOKENS: u32 = 200;
-/// Enough for every buffer to have grown, the channels' included, which grow by 32 events.
+/// The model's context.
+const CONTEXT: usize = 256;
+/// Room for the warm-up and what is measured.
+const MAX_TOKENS: u32 = 230;
+/// Enough for the channels to have grown, by 32 events at a time, and for every buffer that does not hold blocks.
 const WARM_UP: usize = 80;
-const MEASURED: usize = 50;
+const MEASURED: usize = 140;
 
 struct Bench {
     state: StepThread<Cpu>,
@@ -27,15 +28,15 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(precision: Precision) -> Self {
-        let backend = Arc::new(Cpu::new(1, precision, Isa::detect()).expect("no thread to start"));
+    fn new(precision: Precision, threads: usize, block_size: usize) -> Self {
+        let backend = Arc::new(Cpu::new(threads, precision, Isa::detect()).expect("no thread to start"));
         let limits = Limits::default();
         let files = ModelFiles::open(&fixture("models/llama3"), &limits).expect("the fixture opens");
-        let options = LoadOptions { max_rows: 64, max_logit_rows: 16, max_position: 256, block_size: BLOCK };
+        let options = LoadOptions { max_rows: 64, max_logit_rows: 16, max_position: CONTEXT, block_size };
         let model = Model::load(Arc::clone(&backend), Arc::new(files), &options, &mut |_, _| ()).expect("it loads");
         let config = SchedulerConfig {
-            block_size: BLOCK,
-            num_pages: 600,
+            block_size,
+            num_pages: 16 * CONTEXT / block_size,
             max_num_seqs: 16,
             max_num_batched_tokens: options.max_rows,
             ..SchedulerConfig::default()
@@ -63,7 +64,7 @@ impl Bench {
             deadline: None,
             cache_salt: String::new(),
         };
-        let pages = lease.map_or(0, |lease| self.state.model.adapter_pages(lease.sizes()).expect("it fits"));
+        let pages = lease.map_or(0, |lease| self.state.model.adapter_pages(lease.sizes()));
         let incoming = Incoming { submit, pages, events: sender, control: Arc::clone(&control) };
         assert!(self.commands.try_send(Command::Submit(Box::new(incoming))).is_ok(), "there is room");
         self.readers.push(OutputStream { events, control, complete: false });
@@ -93,7 +94,7 @@ impl Bench {
 
     /// Sees to it that an adapter is on the device, so that all requests begin together.
     fn bring(&mut self, lease: &Lease) {
-        let pages = self.state.model.adapter_pages(lease.sizes()).expect("it fits");
+        let pages = self.state.model.adapter_pages(lease.sizes());
         self.state.obey(Command::Pin(vec![(lease.clone(), pages)]));
         assert!(!self.state.step().expect("the step succeeds"), "there is nothing to run yet");
         let loaded = self.state.loader.wait(Duration::from_secs(60)).expect("the load ends");
@@ -151,9 +152,14 @@ fn submit_all(bench: &mut Bench) {
     }
 }
 
-fn check(precision: Precision) {
-    let mut bench = Bench::new(precision);
-    submit_all(&mut bench);
+/// Two samples of one prompt: so few tiles that threads share a sequence's keys.
+fn submit_two(bench: &mut Bench) {
+    bench.submit(SamplingParams { n: 2, ..SamplingParams::default() }, None);
+}
+
+/// Runs `sequences` sequences, each of which lengthens by `MEASURED` tokens while allocations are counted.
+fn check(mut bench: Bench, submit: fn(&mut Bench), sequences: usize) {
+    submit(&mut bench);
     for _ in 0..WARM_UP {
         bench.turn();
     }
@@ -164,19 +170,25 @@ fn check(precision: Precision) {
             tokens += bench.turn();
         }
     });
-    // Nine requests, three of which draw two samples.
-    assert_eq!(tokens, MEASURED * 12);
+    assert_eq!(tokens, MEASURED * sequences);
     let after = bench.state.scheduler.stats();
-    assert!(after.pages_free < before.pages_free, "no sequence grew into a new block");
+    let block_size = bench.state.scheduler.config().block_size;
+    assert_eq!(before.pages_free - after.pages_free, sequences * MEASURED / block_size, "blocks");
     assert_eq!(counted.count_total, 0, "{} bytes allocated in {MEASURED} steps", counted.bytes_total);
 }
 
 #[test]
 fn decode_steps_allocate_nothing_in_f32() {
-    check(Precision::F32);
+    // Nine requests, three of which draw two samples. One thread, so that the kernels' allocations are counted.
+    check(Bench::new(Precision::F32, 1, 2), submit_all, 12);
 }
 
 #[test]
 fn decode_steps_allocate_nothing_when_quantised() {
-    check(Precision::Quantised);
+    check(Bench::new(Precision::Quantised, 1, 2), submit_all, 12);
+}
+
+#[test]
+fn decode_steps_whose_keys_are_shared_by_threads_allocate_nothing() {
+    check(Bench::new(Precision::F32, 2, 1), submit_two, 2);
 }

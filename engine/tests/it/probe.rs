@@ -208,7 +208,7 @@ impl Backend for Probe {
         self.cpu.adapter_bytes(adapter)
     }
 
-    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> Result<usize, KernelError> {
+    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> usize {
         self.cpu.adapter_pages(sizes, page_bytes)
     }
 

@@ -59,6 +59,22 @@ pub struct AttentionScratch {
     shared: Vec<SharedSpan>,
 }
 
+impl AttentionScratch {
+    /// Makes room for all spans that `threads` threads may share of the sequences in `pages` pages: nothing is allocated when
+    /// sequences lengthen.
+    pub(super) fn reserve(&mut self, threads: usize, layout: &KvLayout, pages: usize) {
+        if threads == 1 {
+            return;
+        }
+        let slots = pages.saturating_mul(layout.block_panels() * LANES);
+        let spans = (TILES_PER_THREAD_MIN * threads).saturating_mul(slots.div_ceil(SPAN)).min(SHARED_SPANS_MAX);
+        self.shared.clear();
+        self.shared.reserve(spans);
+        self.parts.resize_with(spans.max(self.parts.len()), Running::default);
+        self.parts.iter_mut().for_each(|part| part.reserve(layout.value_row()));
+    }
+}
+
 /// A tile: `rows` queries from `first` on, counted over the sequence's rows times the heads of a group.
 #[derive(Clone, Copy, Debug)]
 struct Item {
@@ -219,7 +235,7 @@ impl<'a, T: Element> Call<'a, T> {
         if parts.len() < shared.len() {
             parts.resize_with(shared.len(), Running::default);
         }
-        parts.iter_mut().for_each(|part| part.reserve(self.layout.value_row()));
+        parts[..shared.len()].iter_mut().for_each(|part| part.reserve(self.layout.value_row()));
         {
             let (workers, parts) = (Disjoint::new(workers), Disjoint::new(parts));
             let next = AtomicUsize::new(0);

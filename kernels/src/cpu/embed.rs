@@ -6,7 +6,7 @@ use std::sync::Arc;
 use half::f16;
 use openlora_types::{Module, Site, Token};
 
-use super::lora::{Columns, CpuAdapter, LoraScratch, Outputs, Rows, SiteFactors, expand};
+use super::lora::{Columns, CpuAdapter, LoraScratch, Outputs, SiteFactors, expand};
 use super::pool::Disjoint;
 use super::vector_math::{Element, RowKernel, Simd, dispatch_rows};
 use super::{CpuTensor, Isa, Pool};
@@ -138,10 +138,8 @@ impl RowKernel for Embed<'_> {
             };
             let token = self.tokens[row] as usize;
             match adapter.precision {
-                Precision::Quantised => {
-                    adapt::<_, f16>(simd, site, (adapter.a(site), adapter.b(site)), token, shrunk, out)
-                }
-                Precision::F32 => adapt::<_, f32>(simd, site, (adapter.a(site), adapter.b(site)), token, shrunk, out),
+                Precision::Quantised => adapt::<_, f16>(simd, (adapter, site), token, shrunk, out),
+                Precision::F32 => adapt::<_, f32>(simd, (adapter, site), token, shrunk, out),
             }
         }
     }
@@ -151,23 +149,30 @@ impl RowKernel for Embed<'_> {
 #[inline(always)]
 fn adapt<S: Simd, T: Element>(
     simd: S,
-    site: &SiteFactors,
-    (a, b): (Rows<'_, T>, Rows<'_, T>),
+    (adapter, site): (&CpuAdapter, &SiteFactors),
     token: usize,
     shrunk: &mut [f32],
     out: &mut [f32],
 ) {
     assert!(token < site.inputs && out.len() == site.outputs, "{}: shape", Site { layer: 0, module: Module::Embed });
     let shrunk = &mut shrunk[..site.rank];
+    let a = adapter.a::<T>(site, token);
+    let token = token - a.columns().start;
     let mut first = 0;
     while first < site.rank {
         let (count, rows) = a.run(first);
-        for (value, row) in shrunk[first..first + count].iter_mut().zip(rows.chunks_exact(site.inputs)) {
+        for (value, row) in shrunk[first..first + count].iter_mut().zip(rows.chunks_exact(a.width())) {
             *value = row[token].to_f32() * site.scale;
         }
         first += count;
     }
-    expand(simd, shrunk, &Columns::new(site, b, None), 0..site.outputs, &mut OneRow(out));
+    let mut first = 0;
+    while first < site.outputs {
+        let b = adapter.b::<T>(site, first);
+        let columns = b.columns();
+        first = columns.end;
+        expand(simd, shrunk, &Columns::new(site, b, None), columns.clone(), &mut OneRow(&mut out[columns]));
+    }
 }
 
 struct OneRow<'a>(&'a mut [f32]);

@@ -7,8 +7,8 @@
 //! nobody waiting. Nothing is padded to the largest rank.
 //!
 //! **A row's bits** depend on its own adapter alone: an element of `z` is one chain of multiply-adds over the inputs and one
-//! sum over 16 lanes; an output is one chain over the ranks, then the additions and products of the definition in
-//! [`openlora_types::SiteWeights`].
+//! sum over 16 lanes, or the sum of one for each strip of A where its rows are longer than a page; an output is one chain over
+//! the ranks, then the additions and products of the definition in [`openlora_types::SiteWeights`].
 
 mod adapter;
 mod kernels;
@@ -17,7 +17,8 @@ mod placement;
 pub use adapter::CpuAdapter;
 pub(super) use adapter::SiteFactors;
 pub(super) use kernels::{Columns, Outputs, expand};
-pub(super) use placement::Rows;
+
+use std::ops::Range;
 
 use half::f16;
 
@@ -25,7 +26,8 @@ use super::pool::Disjoint;
 use super::vector_math::{Element, Kernel, Simd, dispatch};
 use super::{CpuTensor, Isa, Pool};
 use crate::{LoraRows, Precision, SiteSpan};
-use kernels::shrink;
+use kernels::{Strided, shrink};
+use placement::Rows;
 
 /// Rows of a piece: few enough that their inputs stay in the second-level cache.
 const PIECE_ROWS: usize = 32;
@@ -169,8 +171,13 @@ fn plan(adapt: &Adapt<'_>, (rows, inputs): (usize, usize), scratch: &mut LoraScr
             for row in (0..segment.rows).step_by(PIECE_ROWS) {
                 let (rows, row) = (PIECE_ROWS.min(segment.rows - row), segment.row + row);
                 let piece = Piece { job: jobs.len(), row, rows, first: 0, count: 0, work: 0 };
-                add_pieces(shrinks, piece, (job.rank, inputs), PIECE_RANKS);
-                add_pieces(expands, piece, (span.outputs.len(), job.rank + 1), columns_most);
+                add_pieces(shrinks, piece, (0..job.rank, inputs), PIECE_RANKS);
+                let outputs = span.outputs.len();
+                let strip = site.map_or(outputs, SiteFactors::output_strip).max(1);
+                for first in (0..outputs).step_by(strip) {
+                    let columns = first..outputs.min(first + strip);
+                    add_pieces(expands, piece, (columns, job.rank + 1), columns_most);
+                }
             }
             shrunk_len += segment.rows * job.rank;
             jobs.push(job);
@@ -182,10 +189,11 @@ fn plan(adapt: &Adapt<'_>, (rows, inputs): (usize, usize), scratch: &mut LoraScr
     !jobs.is_empty()
 }
 
-/// Appends the pieces of `rows` by `total` ranks or columns, at most `most` at a time, that cost `each` multiply-adds.
-fn add_pieces(pieces: &mut Vec<Piece>, rows: Piece, (total, each): (usize, usize), most: usize) {
-    pieces.extend((0..total).step_by(most).map(|first| {
-        let count = most.min(total - first);
+/// Appends the pieces of `rows` by some ranks or columns, at most `most` at a time, that cost `each` multiply-adds.
+fn add_pieces(pieces: &mut Vec<Piece>, rows: Piece, (all, each): (Range<usize>, usize), most: usize) {
+    let end = all.end;
+    pieces.extend(all.step_by(most).map(|first| {
+        let count = most.min(end - first);
         Piece { first, count, work: rows.rows * count * each, ..rows }
     }));
 }
@@ -219,9 +227,12 @@ impl Kernel for Shrink<'_, '_> {
     fn run<S: Simd>(self, simd: S) {
         for piece in self.pieces {
             let (adapter, site) = self.adapter(piece);
-            match adapter.precision {
-                Precision::Quantised => self.piece::<_, f16>(simd, piece, site, adapter.a(site)),
-                Precision::F32 => self.piece::<_, f32>(simd, piece, site, adapter.a(site)),
+            let mut column = 0;
+            while column < site.inputs {
+                column = match adapter.precision {
+                    Precision::Quantised => self.strip::<_, f16>(simd, piece, site, adapter.a(site, column)),
+                    Precision::F32 => self.strip::<_, f32>(simd, piece, site, adapter.a(site, column)),
+                };
             }
         }
     }
@@ -233,23 +244,29 @@ impl<'b> Shrink<'_, 'b> {
         self.call.adapter(&self.call.jobs[piece.job]).expect("a job with ranks has an adapter")
     }
 
+    /// Adds up one strip of A's columns, after those before it. Returns its end.
     #[inline(always)]
-    fn piece<S: Simd, T: Element>(&self, simd: S, piece: &Piece, site: &SiteFactors, a: Rows<'_, T>) {
+    fn strip<S: Simd, T: Element>(&self, simd: S, piece: &Piece, site: &SiteFactors, a: Rows<'_, T>) -> usize {
         let job = &self.call.jobs[piece.job];
-        let width = self.call.x_width;
-        let x = &self.call.x[piece.row * width..][..piece.rows * width];
+        let (stride, columns) = (self.call.x_width, a.columns());
+        let values = &self.call.x[piece.row * stride..][..piece.rows * stride][columns.start..];
+        let x = Strided { values, stride, rows: piece.rows };
         let start = job.shrunk + (piece.row - self.call.adapt.lora.segments[job.segment].row) * site.rank;
         let (mut first, end) = (piece.first, piece.first + piece.count);
         while first < end {
             let (count, rows) = a.run(first);
             let count = count.min(end - first);
-            shrink(simd, x, &rows[..count * width], width, &mut |row, rank, value| {
+            let a = Strided { values: rows, stride: a.width(), rows: count };
+            shrink(simd, x, a, columns.len(), &mut |row, rank, value| {
                 let place = start + row * site.rank + first + rank;
                 // SAFETY: pieces do not share rows and ranks, and each is computed by one thread.
-                unsafe { self.shrunk.slice(place..place + 1)[0] = value * site.scale };
+                let shrunk = unsafe { &mut self.shrunk.slice(place..place + 1)[0] };
+                let value = value * site.scale;
+                *shrunk = if columns.start == 0 { value } else { *shrunk + value };
             });
             first += count;
         }
+        columns.end
     }
 }
 
@@ -269,9 +286,11 @@ impl Kernel for Expand<'_, '_> {
             match self.call.adapter(job) {
                 Some((adapter, site)) => match adapter.precision {
                     Precision::Quantised => {
-                        self.piece::<_, f16>(simd, piece, Columns::new(site, adapter.b(site), bias))
+                        self.piece::<_, f16>(simd, piece, Columns::new(site, adapter.b(site, piece.first), bias))
                     }
-                    Precision::F32 => self.piece::<_, f32>(simd, piece, Columns::new(site, adapter.b(site), bias)),
+                    Precision::F32 => {
+                        self.piece::<_, f32>(simd, piece, Columns::new(site, adapter.b(site, piece.first), bias))
+                    }
                 },
                 None => self.add_bias(piece, bias.expect("a job without an adapter adds the bias")),
             }

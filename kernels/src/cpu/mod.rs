@@ -162,12 +162,14 @@ impl Backend for Cpu {
         adapter.byte_len()
     }
 
-    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> Result<usize, KernelError> {
+    fn adapter_pages(&self, sizes: &AdapterSizes, page_bytes: usize) -> usize {
         CpuAdapter::pages(sizes, page_bytes, self.precision)
     }
 
     fn new_pages(&self, spec: &AttentionSpec, layers: usize, pages: usize) -> Result<CpuPages, KernelError> {
-        CpuPages::new(spec, layers, pages, self.precision)
+        let pool = CpuPages::new(spec, layers, pages, self.precision)?;
+        self.scratch().attention.reserve(self.pool.threads(), &pool.layout, pages);
+        Ok(pool)
     }
 
     fn page_bytes(&self, spec: &AttentionSpec, layers: usize) -> usize {

@@ -23,11 +23,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::Pod;
 use half::f16;
-use memmap2::{MmapMut, MmapRaw};
+use memmap2::MmapRaw;
 
 use super::kv::{self, KvLayout};
 use super::pool::Disjoint;
-use super::tensor::HUGE;
+use super::tensor::mapped;
 use crate::{AttentionSpec, KernelError, Precision};
 
 /// Every page starts on a cache line.
@@ -67,18 +67,9 @@ struct Arena {
 
 impl Arena {
     fn new(pages: usize, page_bytes: usize) -> Result<Self, KernelError> {
-        let out_of_memory = |bytes| KernelError::OutOfMemory { what: "the page pool", bytes };
+        let what = "the page pool";
         let bytes = pages.checked_mul(page_bytes).filter(|_| pages <= u32::MAX as usize);
-        let bytes = bytes.ok_or_else(|| out_of_memory(usize::MAX))?;
-        let length = bytes.checked_add(HUGE).ok_or_else(|| out_of_memory(bytes))?;
-        // Zeros that take no memory before they are written.
-        let memory = MmapMut::map_anon(length).map_err(|_| out_of_memory(bytes))?;
-        #[cfg(target_os = "linux")]
-        if bytes >= HUGE {
-            // A hint: with small pages everything works, a little slower.
-            let _ = memory.advise(memmap2::Advice::HugePage);
-        }
-        let start = memory.as_ptr().addr().next_multiple_of(HUGE) - memory.as_ptr().addr();
+        let (memory, start) = mapped(bytes.ok_or(KernelError::OutOfMemory { what, bytes: usize::MAX })?, what)?;
         let epochs = (0..pages).map(|_| AtomicU64::new(0)).collect();
         Ok(Self { memory: memory.into(), start, page_bytes, epochs })
     }

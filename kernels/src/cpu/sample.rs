@@ -34,6 +34,15 @@ struct Worker {
     keeper: Keeper,
 }
 
+impl Worker {
+    /// Makes room for whatever may come of `vocab` tokens and `changes` biases and bans: nothing is allocated when answers
+    /// lengthen or distributions flatten. What is not used takes no memory.
+    fn reserve(&mut self, vocab: usize, changes: usize) {
+        self.history.reserve(vocab, changes);
+        self.keeper.reserve(vocab);
+    }
+}
+
 /// [`crate::Backend::sample`]. The logits are the same afterwards.
 ///
 /// # Panics
@@ -51,6 +60,12 @@ pub fn sample(
     out.truncate(rows.len());
     out.resize_with(rows.len(), SampledRow::default);
     scratch.workers.resize_with(pool.threads(), Worker::default);
+    let changes = rows.iter().map(|row| match row {
+        SampleRow::Draw { params, banned, .. } => params.logit_bias.len() + banned.len(),
+        SampleRow::Score { .. } => 0,
+    });
+    let changes = changes.max().unwrap_or(0);
+    scratch.workers.iter_mut().for_each(|worker| worker.reserve(vocab, changes));
     let (logits, out) = (Disjoint::new(logits.values_mut()), Disjoint::new(out));
     let workers = Disjoint::new(&mut scratch.workers);
     let next = AtomicUsize::new(0);
@@ -70,6 +85,7 @@ pub fn sample(
 pub fn distribution(isa: Isa, logits: &[f32], draw: &Draw<'_>) -> Vec<f64> {
     let mut probabilities = vec![0.0; logits.len()];
     let (mut worker, mut logits) = (Worker::default(), logits.to_vec());
+    worker.reserve(logits.len(), draw.params.logit_bias.len() + draw.banned.len());
     let kernel = Distribution { logits: &mut logits, draw, worker: &mut worker, probabilities: &mut probabilities };
     dispatch(isa, kernel);
     probabilities
@@ -166,7 +182,7 @@ impl Kernel for Distribution<'_, '_> {
 /// Changes logits as a request's history and parameters say, and remembers what they were.
 #[derive(Debug, Default)]
 struct History {
-    /// By token: 0 when not seen, else [`SEEN`] and how often it was generated. All 0 between rows.
+    /// By token, at least the vocabulary's: 0 when not seen, else [`SEEN`] and how often it was generated. All 0 between rows.
     seen: Vec<u32>,
     /// The tokens with an entry in `seen`.
     distinct: Vec<Token>,
@@ -178,6 +194,16 @@ struct History {
 const SEEN: u32 = 1 << 31;
 
 impl History {
+    fn reserve(&mut self, vocab: usize, changes: usize) {
+        if self.seen.len() < vocab {
+            self.seen = vec![0; vocab];
+        }
+        self.distinct.clear();
+        self.distinct.reserve(vocab);
+        self.before.clear();
+        self.before.reserve(vocab + changes);
+    }
+
     /// Tokens outside the vocabulary are skipped: an adapter's tokenizer may have some that the head cannot produce.
     fn adjust(&mut self, logits: &mut [f32], draw: &Draw<'_>) {
         self.before.clear();
@@ -192,7 +218,6 @@ impl History {
         if repetition == 1.0 && frequency == 0.0 && presence == 0.0 {
             return;
         }
-        self.seen.resize(logits.len(), 0);
         let prompt = if repetition == 1.0 { &[] } else { draw.prompt };
         let history = prompt.iter().map(|token| (*token, 0)).chain(draw.generated.iter().map(|token| (*token, 1)));
         for (token, times) in history {

@@ -8,10 +8,27 @@ use memmap2::MmapMut;
 
 use crate::KernelError;
 
-/// Buffers from this size on are mapped on their own, start on a huge page and ask for huge pages: weights are read once a
-/// step from end to end, and with 4 KiB pages the translation misses cost several percent of the bandwidth. Their pages
-/// are first touched by whoever writes them.
-pub(super) const HUGE: usize = 2 << 20;
+/// A huge page; buffers from this size on are [`mapped`].
+const HUGE: usize = 2 << 20;
+
+/// `bytes` zeros in a mapping of their own, and where they start in it. They start on a huge page and, when there is enough
+/// of them, ask for huge pages: weights are read once a step from end to end, and with 4 KiB pages the translation misses
+/// cost several percent of the bandwidth. They take no memory before they are first touched, by whoever writes them.
+///
+/// # Errors
+/// [`KernelError::OutOfMemory`], naming `what`.
+pub(super) fn mapped(bytes: usize, what: &'static str) -> Result<(MmapMut, usize), KernelError> {
+    let out_of_memory = || KernelError::OutOfMemory { what, bytes };
+    let length = bytes.checked_add(HUGE).ok_or_else(out_of_memory)?;
+    let map = MmapMut::map_anon(length).map_err(|_| out_of_memory())?;
+    #[cfg(target_os = "linux")]
+    if bytes >= HUGE {
+        // A hint: with small pages everything works, a little slower.
+        let _ = map.advise(memmap2::Advice::HugePage);
+    }
+    let offset = map.as_ptr().addr().next_multiple_of(HUGE) - map.as_ptr().addr();
+    Ok((map, offset))
+}
 
 /// A cache line, which is also the widest vector.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -41,12 +58,7 @@ impl<T: Pod> Aligned<T> {
         let memory = if bytes < HUGE {
             Memory::Heap(vec![Line::zeroed(); bytes.div_ceil(size_of::<Line>())].into_boxed_slice())
         } else {
-            let length = bytes.checked_add(HUGE).ok_or_else(out_of_memory)?;
-            let map = MmapMut::map_anon(length).map_err(|_| out_of_memory())?;
-            #[cfg(target_os = "linux")]
-            // A hint: with small pages everything works, a little slower.
-            let _ = map.advise(memmap2::Advice::HugePage);
-            let offset = map.as_ptr().addr().next_multiple_of(HUGE) - map.as_ptr().addr();
+            let (map, offset) = mapped(bytes, what)?;
             Memory::Mapped { map, offset }
         };
         Ok(Self { memory, len, element: PhantomData })

@@ -7,7 +7,7 @@ use openlora_kernels::cpu::lora::{Adapt, CpuAdapter, LoraScratch, apply, rescale
 use openlora_kernels::cpu::pages::CpuPages;
 use openlora_kernels::cpu::{CpuTensor, Isa, Pool};
 use openlora_kernels::{
-    AttentionSpec, BlockFormat, LoraRows, LoraSegment, Precision, SiteSpan, TensorSource, reference,
+    AttentionSpec, BlockFormat, KernelError, LoraRows, LoraSegment, Precision, SiteSpan, TensorSource, reference,
 };
 use openlora_types::{AdapterWeights, Elements, Generation, Matrix, Module, Site, SiteWeights};
 use rand::Rng;
@@ -87,15 +87,21 @@ impl Adapter {
         self.load_into(&page_of(64 * 512), precision)
     }
 
-    /// In as many pages for KV of `spec` in one layer as it needs, handed out backwards and full of NaN.
+    /// In as many pages for KV of `spec` in one layer as it needs, handed out backwards and full of NaN; one fewer is refused.
     fn load_into(&self, spec: &AttentionSpec, precision: Precision) -> CpuAdapter {
-        let pages =
-            CpuAdapter::pages(&self.weights.sizes(), page_bytes(spec, 1, precision), precision).expect("rows fit");
-        let mut pool = CpuPages::new(spec, 1, pages, precision).expect("memory");
+        let needed = CpuAdapter::pages(&self.weights.sizes(), page_bytes(spec, 1, precision), precision);
+        let mut pool = CpuPages::new(spec, 1, needed, precision).expect("memory");
         pool.fill(f32::NAN);
-        let pages: Vec<u32> = (0..pages as u32).rev().collect();
-        let pages = pool.take(&pages).expect("free");
-        CpuAdapter::load(&self.weights, &self.output_scales, LAYERS, precision, pages).expect("a good adapter")
+        let pages: Vec<u32> = (0..needed as u32).rev().collect();
+        let mut load = |pages: &[u32]| {
+            let pages = pool.take(pages).expect("free");
+            CpuAdapter::load(&self.weights, &self.output_scales, LAYERS, precision, pages)
+        };
+        let error = load(&pages[1..]).expect_err("a page is missing");
+        let counted =
+            matches!(error, KernelError::AdapterPages { needed: n, given } if (n, given) == (needed, needed - 1));
+        assert!(counted, "{needed} pages: {error}");
+        load(&pages).expect("a good adapter")
     }
 
     fn site(&self, site: Site) -> Option<(&SiteWeights, Option<&[f32]>)> {
@@ -270,6 +276,34 @@ fn factors_cut_into_pages_keep_every_bit() {
 }
 
 #[test]
+fn factors_whose_rows_are_longer_than_a_page_match_the_definition() {
+    let page = page_of(512);
+    let rows = [1, 2, 5, 33, 1, 3, 2, 1, 1];
+    // Rows of A of six pages and a little, rows of B of up to four, and both with what just fits a page or does not.
+    for (inputs, outputs, cut_a) in [(3_089, [48, 513, 33], true), (41, [2_003, 512, 1_300], false)] {
+        let mut world = mixed(inputs, outputs, rows, Format::F16, Extras { b_bias: true, dora: true });
+        world.bias = Some(random(&mut rng(13), world.outputs(), 2.0));
+        let (expected, width, total) = (world.expected(), world.outputs(), rows.iter().sum());
+        for precision in [Precision::Quantised, Precision::F32] {
+            let whole = world.load(precision);
+            let cut: Vec<_> = world.adapters.iter().map(|adapter| adapter.load_into(&page, precision)).collect();
+            for (isa, pool) in machines() {
+                let found = world.run(&pool, isa, &cut, 0..total);
+                assert_close(&found, &expected, 1e-5, &format!("{} {inputs} {precision:?}", isa.name()));
+                for row in [0, 2, 12, total - 1] {
+                    let alone = bits(&world.run(&pool, isa, &cut, row..row + 1));
+                    assert_eq!(alone, bits(&found[row * width..(row + 1) * width]), "{} row {row}", isa.name());
+                }
+                // Outputs are chains over the ranks wherever B is cut; strips of A are added up one by one.
+                if !cut_a {
+                    assert_eq!(bits(&found), bits(&world.run(&pool, isa, &whole, 0..total)), "{}", isa.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn factors_of_other_formats_are_rounded_once() {
     for format in [Format::F32, Format::Bf16] {
         let world = mixed(100, [64, 48, 80], [2, 1, 3, 1, 1, 1, 1, 1, 1], format, Extras::default());
@@ -333,7 +367,15 @@ fn rows_without_an_adapter_keep_their_bits() {
 
 #[test]
 fn adapters_of_the_embedding_table_match_the_definition() {
-    let (vocab, hidden) = (60, 72);
+    check_embedding(60, 72, &page_of(1_024));
+}
+
+#[test]
+fn adapters_of_an_embedding_table_whose_rows_are_longer_than_a_page_match_the_definition() {
+    check_embedding(5_003, 1_209, &page_of(512));
+}
+
+fn check_embedding(vocab: usize, hidden: usize, page: &AttentionSpec) {
     let mut rng = rng(15);
     let adapters: Vec<Adapter> = [(8, false), (13, true), (64, false)]
         .into_iter()
@@ -348,7 +390,8 @@ fn adapters_of_the_embedding_table_match_the_definition() {
     let source = TensorSource { name, format, rows: vocab, cols: hidden, bytes: &bytes, row_order: None };
     let table = CpuEmbedding::new(&source, bytes.clone(), 0).expect("a good table");
     let segments = [(2, Some(0)), (3, None), (4, Some(1)), (1, Some(2)), (1, Some(0))];
-    let tokens: Vec<u32> = (0..11).map(|i| i * 17 % vocab as u32).collect();
+    // The last token, the first, and some all over the table.
+    let tokens: Vec<u32> = (0..11).map(|i| ((vocab - 1 + i * (vocab / 11 + 2)) % vocab) as u32).collect();
     let mut expected = vec![0.0; tokens.len() * hidden];
     reference::embed::embed(&values, hidden, &tokens, &mut expected);
     let of_rows = segments.iter().flat_map(|(rows, adapter)| vec![*adapter; *rows]);
@@ -360,7 +403,7 @@ fn adapters_of_the_embedding_table_match_the_definition() {
     }
     for precision in [Precision::Quantised, Precision::F32] {
         // The last adapter's factors, of 64 rows each, lie in several pages.
-        let loaded: Vec<_> = adapters.iter().map(|adapter| adapter.load_into(&page_of(1_024), precision)).collect();
+        let loaded: Vec<_> = adapters.iter().map(|adapter| adapter.load_into(page, precision)).collect();
         let mut row = 0;
         let segments = segments.map(|(rows, adapter)| {
             row += rows;

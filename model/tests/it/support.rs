@@ -141,13 +141,18 @@ impl Host {
     /// The PEFT adapter in a fixture folder, loaded.
     pub(crate) fn adapter(&self, folder: &str) -> Adapter {
         let weights = read_adapter(&fixture(folder), &self.files);
-        let needed = self.model.adapter_pages(&weights.sizes()).unwrap_or_else(|error| panic!("{folder}: {error}"));
+        let needed = self.model.adapter_pages(&weights.sizes());
         let (backend, spec) = (self.model.backend(), self.model.attention_spec());
         let mut pool = backend.new_pages(spec, self.model.layers(), needed).expect("memory");
         pool.fill(f32::NAN);
         let pages: Vec<u32> = (0..needed as u32).collect();
         let pages = backend.take_pages(&mut pool, &pages).expect("free pages");
         self.model.load_adapter(&weights, pages).unwrap_or_else(|error| panic!("{folder}: {error}"))
+    }
+
+    /// Fills all KV with NaN: what a step reads after this has been stored after this.
+    pub(crate) fn forget(&mut self) {
+        self.kv.fill(f32::NAN);
     }
 
     /// Computes one step and returns the logits of all its rows, `[rows, vocab]` per sequence.

@@ -126,6 +126,7 @@ impl Running {
 impl Tile {
     /// Makes room for a tile.
     pub(super) fn reserve(&mut self) {
+        self.sets.clear();
         self.sets.reserve(TILE_ROWS);
         self.queries.resize(TILE_ROWS, [0.0; QUERY_STRIDE]);
         self.visible.resize(TILE_ROWS, (0, 0));

@@ -5,22 +5,42 @@ use std::ops::Range;
 use super::super::vector_math::{Element, LANES, Simd, load_part, store_part};
 use super::{Rows, SiteFactors};
 
-/// `put(row, rank, a_rank . x_row)` for all rows of `x: [rows][width]` and `a: [ranks][width]`.
+/// Rows of numbers, each `stride` after the one before.
+#[derive(Clone, Copy)]
+pub(super) struct Strided<'a, E> {
+    pub(super) values: &'a [E],
+    pub(super) stride: usize,
+    pub(super) rows: usize,
+}
+
+impl<'a, E> Strided<'a, E> {
+    /// The first `width` numbers of a row.
+    #[inline(always)]
+    fn row(&self, row: usize, width: usize) -> &'a [E] {
+        &self.values[row * self.stride..][..width]
+    }
+
+    #[inline(always)]
+    fn skip(&self, rows: usize) -> Self {
+        Self { values: &self.values[rows * self.stride..], rows: self.rows - rows, ..*self }
+    }
+}
+
+/// `put(row, rank, a_rank . x_row)` for all rows of x and of A, over their first `width` numbers.
 ///
 /// Ranks in the outer loop: a few rows of A stay in the first-level cache while all rows of x pass.
 #[inline(always)]
 pub(super) fn shrink<S: Simd, T: Element>(
     simd: S,
-    x: &[f32],
-    a: &[T],
+    x: Strided<'_, f32>,
+    a: Strided<'_, T>,
     width: usize,
     put: &mut impl FnMut(usize, usize, f32),
 ) {
-    let (rows, ranks) = (x.len() / width, a.len() / width);
     let mut rank = 0;
-    while rank < ranks {
-        let rest = ranks - rank;
-        let a = &a[rank * width..];
+    while rank < a.rows {
+        let (rows, rest) = (x.rows, a.rows - rank);
+        let a = a.skip(rank);
         let put = &mut |row: usize, i: usize, value: f32| put(row, rank + i, value);
         // One row at a time reads as many rows of A together as it takes to keep the multipliers busy.
         rank += match (S::WIDE, rows, rest) {
@@ -39,16 +59,15 @@ pub(super) fn shrink<S: Simd, T: Element>(
 #[inline(always)]
 fn shrink_ranks<S: Simd, T: Element, const R: usize, const K: usize>(
     simd: S,
-    x: &[f32],
-    a: &[T],
+    x: Strided<'_, f32>,
+    a: Strided<'_, T>,
     width: usize,
     put: &mut impl FnMut(usize, usize, f32),
 ) -> usize {
-    let rows = x.len() / width;
-    let a: [&[T]; K] = std::array::from_fn(|i| &a[i * width..][..width]);
+    let a: [&[T]; K] = std::array::from_fn(|i| a.row(i, width));
     let mut row = 0;
-    while row + R <= rows {
-        let dots = dot::<S, T, R, K>(simd, std::array::from_fn(|i| &x[(row + i) * width..][..width]), a);
+    while row + R <= x.rows {
+        let dots = dot::<S, T, R, K>(simd, std::array::from_fn(|i| x.row(row + i, width)), a);
         for (i, dots) in dots.iter().enumerate() {
             for (j, value) in dots.iter().enumerate() {
                 put(row + i, j, *value);
@@ -56,8 +75,8 @@ fn shrink_ranks<S: Simd, T: Element, const R: usize, const K: usize>(
         }
         row += R;
     }
-    while row < rows {
-        let [dots] = dot::<S, T, 1, K>(simd, [&x[row * width..][..width]], a);
+    while row < x.rows {
+        let [dots] = dot::<S, T, 1, K>(simd, [x.row(row, width)], a);
         for (j, value) in dots.iter().enumerate() {
             put(row, j, *value);
         }
@@ -99,24 +118,26 @@ fn dot<S: Simd, T: Element, const R: usize, const K: usize>(simd: S, x: [&[f32];
     products
 }
 
-/// What an expanding loop reads of one site.
+/// What an expanding loop reads of one site: one strip of B's columns.
 pub(in super::super) struct Columns<'a, T> {
     rank: usize,
-    outputs: usize,
-    /// `[rank][outputs]`
     b: Rows<'a, T>,
+    /// The strip's first column, and the columns from a row to the next.
+    first: usize,
+    width: usize,
     b_bias: Option<&'a [f32]>,
     output_scale: Option<&'a [f32]>,
     bias: Option<&'a [f32]>,
 }
 
 impl<'a, T: Element> Columns<'a, T> {
-    /// The site's with the rows of its B, and with the base linear's bias where it is still to be added.
+    /// The site's with a strip of its B, and with the base linear's bias where it is still to be added.
     #[inline(always)]
     pub(in super::super) fn new(site: &'a SiteFactors, b: Rows<'a, T>, bias: Option<&'a [f32]>) -> Self {
         Self {
             rank: site.rank,
-            outputs: site.outputs,
+            first: b.columns().start,
+            width: b.width(),
             b,
             b_bias: site.b_bias.as_deref(),
             output_scale: site.output_scale.as_deref(),
@@ -132,7 +153,8 @@ pub(in super::super) trait Outputs {
 }
 
 /// For all rows of `shrunk: [rows][rank]` the definition of [`openlora_types::SiteWeights`]: `out + bias + B z + b_bias`, or with an
-/// output scale `output_scale (out + B z + b_bias) + bias`, absent vectors left out. `columns` says which outputs `out` has.
+/// output scale `output_scale (out + B z + b_bias) + bias`, absent vectors left out. `columns` says which outputs `out` has, all
+/// of them in the site's strip.
 ///
 /// Without an output scale the bias comes first, as where the linear has added it already.
 ///
@@ -199,12 +221,13 @@ fn products<S: Simd, T: Element, const R: usize, const C: usize>(
     column: usize,
 ) -> [[S::V; C]; R] {
     let mut sums = [[simd.splat(0.0); C]; R];
+    let column = column - site.first;
     let mut first = 0;
     while first < site.rank {
         let (count, rows) = site.b.run(first);
         let z = z.map(|z| &z[first..first + count]);
         for k in 0..count {
-            let b = rows[k * site.outputs + column..][..C * LANES].as_chunks::<LANES>().0;
+            let b = rows[k * site.width + column..][..C * LANES].as_chunks::<LANES>().0;
             let mut values = [simd.splat(0.0); C];
             for c in 0..C {
                 values[c] = T::load(simd, &b[c]);
@@ -261,7 +284,7 @@ fn expand_rest<S: Simd, T: Element>(
         while first < site.rank {
             let (ranks, rows) = site.b.run(first);
             for (k, z) in z[first..first + ranks].iter().enumerate() {
-                let b = load_part(simd, &rows[k * site.outputs + place.0..][..count]);
+                let b = load_part(simd, &rows[k * site.width + place.0 - site.first..][..count]);
                 sum = simd.mul_add(simd.splat(*z), b, sum);
             }
             first += ranks;

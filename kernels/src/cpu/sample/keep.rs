@@ -58,6 +58,16 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
+    /// Makes room for a vocabulary.
+    pub(super) fn reserve(&mut self, vocab: usize) {
+        self.candidates.clear();
+        self.candidates.reserve(vocab);
+        self.sorted.clear();
+        self.sorted.reserve(vocab);
+        self.blocks.clear();
+        self.blocks.reserve(vocab.div_ceil(LANES * BLOCK));
+    }
+
     /// Decides what may be drawn from `logits`, to which penalties, biases and bans have been applied.
     #[inline(always)]
     pub(super) fn keep<S: Simd>(&mut self, simd: S, logits: &[f32], params: &SamplingParams) -> Kept {
