@@ -1,6 +1,8 @@
 //! What every backend must keep, as checks that any [`Backend`] can be given: inputs, the reference's answer and how far
 //! from it a backend may be. A check panics with what differs. Each backend's tests call all of them.
 
+pub mod pages;
+
 use std::sync::Arc;
 
 use crate::reference;
