@@ -152,7 +152,7 @@ impl<B: Backend> Side<B> {
         let model = &*self.model;
         let (backend, spec) = (model.backend(), model.attention_spec());
         let blocks = prompt.len().div_ceil(spec.block_size);
-        let needed = weights.map_or(Ok(0), |weights| model.adapter_pages(&weights.sizes()))?;
+        let needed = weights.map_or(0, |weights| model.adapter_pages(&weights.sizes()));
         let mut pool = backend.new_pages(spec, model.layers(), blocks + needed)?;
         let (table, pages) = (numbers(0..blocks), numbers(blocks..blocks + needed));
         let load = |weights| model.load_adapter(weights, backend.take_pages(&mut pool, &pages)?);
