@@ -20,6 +20,8 @@ use crate::{error::AdapterError, group::Group};
 
 /// Connections held at once; readers of a SQLite file do not wait for its writer.
 const CONNECTIONS_MAX: u32 = 8;
+/// KiB of pages that each connection to a SQLite file keeps; the system keeps the rest of the file while there is room.
+const SQLITE_CACHE_KIB: u32 = 512;
 /// How long a call waits for a connection.
 const ACQUIRE: Duration = Duration::from_secs(10);
 /// How long a statement waits for another process that writes to the SQLite file.
@@ -175,7 +177,8 @@ impl Database {
 async fn prepare(connection: &mut AnyConnection, kind: Kind) -> Result<(), sqlx::Error> {
     if kind == Kind::Sqlite {
         let settings = format!(
-            "PRAGMA busy_timeout = {BUSY_MS}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON"
+            "PRAGMA busy_timeout = {BUSY_MS}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
+             PRAGMA foreign_keys = ON; PRAGMA cache_size = -{SQLITE_CACHE_KIB}"
         );
         connection.execute(settings.as_str()).await?;
     }
