@@ -129,7 +129,7 @@ impl AdapterStore {
     /// Bounds what `owner` may have; `None` leaves a bound to the configuration.
     ///
     /// # Errors
-    /// [`AdapterError::PermissionDenied`] for anybody but administrators, [`AdapterError::Database`].
+    /// [`AdapterError::QuotaDenied`] for anybody but administrators, [`AdapterError::Database`].
     pub fn set_quota(
         &self,
         owner: &str,
@@ -138,7 +138,7 @@ impl AdapterStore {
         actor: &Actor,
     ) -> Result<Quota, AdapterError> {
         if !actor.admin {
-            return Err(AdapterError::PermissionDenied { alias: owner.to_owned() });
+            return Err(AdapterError::QuotaDenied { owner: owner.to_owned() });
         }
         self.inner.block_on(self.inner.core.db.change("set the quota", async |db| {
             let quota = Quota { adapters_max, bytes_max, ..registry::quota(&mut *db, owner).await? };

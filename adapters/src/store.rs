@@ -264,10 +264,10 @@ impl AdapterStore {
     /// What `owner` has and may have.
     ///
     /// # Errors
-    /// [`AdapterError::PermissionDenied`] for anybody but the owner and administrators, [`AdapterError::Database`].
+    /// [`AdapterError::QuotaDenied`] for anybody but the owner and administrators, [`AdapterError::Database`].
     pub fn quota(&self, owner: &str, actor: &Actor) -> Result<Quota, AdapterError> {
         if !actor.may_change(owner) {
-            return Err(AdapterError::PermissionDenied { alias: owner.to_owned() });
+            return Err(AdapterError::QuotaDenied { owner: owner.to_owned() });
         }
         self.inner.block_on(registry::quota(self.inner.core.db.reader(), owner))
     }

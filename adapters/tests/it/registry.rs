@@ -41,7 +41,7 @@ fn an_owner_takes_no_more_than_their_quota() {
     assert!(!full.is_retryable() && full.to_string().contains("owner_adapters_max is 2"), "{full}");
     register("p", &small, "p", false).expect("another owner's first");
 
-    assert!(matches!(bench.store.set_quota("o", None, None, &actor("o")), Err(AdapterError::PermissionDenied { .. })));
+    assert!(matches!(bench.store.set_quota("o", None, None, &actor("o")), Err(AdapterError::QuotaDenied { .. })));
     bench.store.set_quota("o", Some(3), Some(4 * bytes), &admin()).expect("set");
     register("c", &small, "o", false).expect("three");
     let large_one = register("c", &large, "o", true).expect_err("four times as large");
@@ -50,7 +50,7 @@ fn an_owner_takes_no_more_than_their_quota() {
     bench.store.unregister("a", &actor("o")).expect("gone");
     let quota = bench.store.quota("o", &actor("o")).expect("their own");
     assert_eq!((quota.adapters, quota.bytes, quota.bytes_max), (2, 2 * bytes, Some(4 * bytes)));
-    assert!(matches!(bench.store.quota("o", &actor("p")), Err(AdapterError::PermissionDenied { .. })));
+    assert!(matches!(bench.store.quota("o", &actor("p")), Err(AdapterError::QuotaDenied { .. })));
     let bench = bench.reopen();
     assert_eq!(bench.store.quota("o", &admin()).expect("kept"), quota);
     assert_eq!(bench.generations(), 1, "what was refused left no files");
