@@ -91,7 +91,14 @@ fn rank_after(dir: &TempDir, point: &str) -> Option<u32> {
 
 #[test]
 fn a_registration_killed_at_any_point_leaves_the_old_adapter_or_the_new() {
-    let points = [("before the files", 2), ("after the files", 2), ("before the commit", 2), ("after the commit", 3)];
+    let points = [
+        ("before the flush", 2),
+        ("before the files", 2),
+        ("between rename and flush", 2),
+        ("after the files", 2),
+        ("before the commit", 2),
+        ("after the commit", 3),
+    ];
     for (point, rank) in points {
         assert_eq!(rank_after(&killed(point, "register"), point), Some(rank), "{point}");
     }

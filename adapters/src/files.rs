@@ -130,6 +130,7 @@ impl Files {
         if self.folder.is_none() {
             return Ok(());
         }
+        crate::kill::point("before the flush");
         let dir = staged.path();
         let flushes = [dir.to_owned(), dir.join(FILES[0]), dir.join(FILES[1])].map(flush);
         for flushed in flushes {
@@ -150,6 +151,7 @@ impl Files {
                 fs::rename(staged.path(), adapters.join(location)).map_err(failed())?;
                 // The folder is no longer where the guard would remove it from.
                 let _moved = staged.keep();
+                crate::kill::point("between rename and flush");
                 flush(adapters).await.unwrap_or_else(|error| Err(error.into())).map_err(failed())
             }
             None => {

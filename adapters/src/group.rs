@@ -205,6 +205,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_full_disk_fails_the_changes_of_its_transaction_and_no_later_one() {
+        let (db, _dir) = database().await;
+        let first = db.change("add", async |db| add(db, "first").await);
+        let second = db.change("fill", async |db| {
+            // As many pages as there are, which is how SQLite learns of a full disk: its next one is refused.
+            db.execute("PRAGMA max_page_count = 1").await.map_err(AdapterError::database("limit"))?;
+            let mut added = Ok(());
+            for i in 0..100 {
+                added = added.and(add(db, &format!("{i}{}", "x".repeat(4_000))).await);
+            }
+            db.execute("PRAGMA max_page_count = 4294967294").await.map_err(AdapterError::database("unlimit"))?;
+            added
+        });
+        let third = db.change("add", async |db| add(db, "third").await);
+        let (first, second, third) = tokio::join!(first, second, third);
+        // SQLite has ended the transaction by itself, and with it the first change.
+        for told in [first, second] {
+            let error = told.expect_err("full").to_string();
+            assert!(error.contains("full"), "{error}");
+        }
+        third.expect("in a transaction of its own");
+        db.change("add", async |db| add(db, "next").await).await.expect("there is room again");
+        assert_eq!(owners(&db).await, ["next", "third"]);
+    }
+
+    #[tokio::test]
     async fn a_change_that_panics_takes_its_transaction_along_and_no_later_one() {
         let (db, _dir) = database().await;
         let first = db.change("add", async |db| add(db, "first").await);

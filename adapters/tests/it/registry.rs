@@ -182,6 +182,29 @@ fn a_database_of_a_newer_release_is_left_alone() {
     store.resolve("a").expect("served again");
 }
 
+#[test]
+fn an_adapter_of_another_base_model_is_never_served_and_waits_for_its_own() {
+    let bench = Bench::new();
+    let path = bench.write("a", &Adapter::qv(1, 1));
+    let generation =
+        bench.store.register_folder(&alias("a"), &path, &actor("o"), false).expect("registered").generation;
+    bench.store.pin("a", true, &actor("o")).expect("pinned");
+    let Bench { store, dir } = bench;
+    drop(store);
+    // Every tensor of the adapter would fit this one too.
+    let other = openlora_types::ModelShape { name: "other".into(), vocab: 32, ..shape() };
+    let store = AdapterStore::open(make::config(dir.path(), 1 << 20), other, Limits::default()).expect("opened");
+    for name in ["a".to_owned(), format!("a@{generation}")] {
+        let error = store.resolve(&name).expect_err("another base model's");
+        assert!(matches!(error, AdapterError::Invalid(_)) && error.to_string().contains("other sizes"), "{error}");
+    }
+    assert_eq!(store.pinned().expect("asked").len(), 0);
+    assert_eq!(store.list(&actor("o"), None, 10).expect("listed").len(), 1, "its owner still sees it");
+    drop(store);
+    let store = make::open(dir.path(), Limits::default(), 1 << 20);
+    assert_eq!(store.resolve("a").expect("its own").load().expect("served").generation, generation);
+}
+
 /// A store on a SQLite file of its own, and the file.
 fn sqlite(dir: &std::path::Path, mode: &str) -> (StoreConfig, String) {
     std::fs::create_dir_all(dir.join("root")).expect("made");

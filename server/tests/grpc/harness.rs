@@ -159,7 +159,7 @@ impl TestServer {
 
     /// A client of another owner, whose key is made now.
     pub(crate) async fn adapters_of(&self, owner: &str) -> AdaptersClient<Keyed> {
-        let store = KeyStore::open(&self.folder.path().join("keys.json")).expect("key store");
+        let store = KeyStore::open(self.folder.path().join("keys.json")).expect("key store");
         let key = store.create(owner, Role::Owner).expect("key");
         let key = Key(Some(format!("Bearer {}", key.reveal()).parse().expect("a header")));
         let mut client = AdaptersClient::with_interceptor(self.channel().await, key);

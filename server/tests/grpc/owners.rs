@@ -53,7 +53,7 @@ async fn an_owner_reaches_nothing_of_anothers() {
 
     assert_eq!(a.get(get()).await.expect("hers").into_inner(), hers, "as it was");
     let listed = a.list(wire::ListAdaptersRequest::default()).await.expect("a page").into_inner();
-    assert_eq!(listed.adapters, [hers.clone()]);
+    assert_eq!(listed.adapters, std::slice::from_ref(&hers));
     let asked = wire::GenerateRequest { adapter: "alice/x".into(), ..request(text("The river"), 1) };
     let answer = server.inference(Role::App).await.generate(asked).await.expect("answered").into_inner();
     assert_eq!(answer.generation, hers.generation);
