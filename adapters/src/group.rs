@@ -209,7 +209,7 @@ mod tests {
         let (db, _dir) = database().await;
         let first = db.change("add", async |db| add(db, "first").await);
         let second = db.change("fill", async |db| {
-            // As many pages as there are, which is how SQLite learns of a full disk: its next one is refused.
+            // Taken as the number of pages there are; the next one is refused as on a full disk.
             db.execute("PRAGMA max_page_count = 1").await.map_err(AdapterError::database("limit"))?;
             let mut added = Ok(());
             for i in 0..100 {
