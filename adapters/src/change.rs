@@ -10,7 +10,7 @@ use crate::{
     info::{Actor, AdapterInfo, Registration},
     registry::{self, Known, Lineage, Quota, Record},
     store::{AdapterStore, Inner, missing},
-    sweep,
+    sweep::{self, Core},
 };
 
 /// What an alias is to become.
@@ -43,8 +43,10 @@ impl AdapterStore {
             inner.charge(db, &record.owner, -1, (record.current.summary.bytes, 0)).await?;
             let gone = registry::collect(db, &named, sweep::now()).await?;
             let unpinned = record.pinned.then_some(record.current.generation);
+            crate::kill::point("before the commit");
             Ok(Done { record, unpinned, gone })
         }))?;
+        crate::kill::point("after the commit");
         let generation = done.record.current.generation;
         inner.block_on(inner.settle(&done, false));
         Ok(generation)
@@ -127,7 +129,7 @@ impl AdapterStore {
     /// Bounds what `owner` may have; `None` leaves a bound to the configuration.
     ///
     /// # Errors
-    /// [`AdapterError::PermissionDenied`] for anybody but administrators, [`AdapterError::Database`].
+    /// [`AdapterError::QuotaDenied`] for anybody but administrators, [`AdapterError::Database`].
     pub fn set_quota(
         &self,
         owner: &str,
@@ -136,7 +138,7 @@ impl AdapterStore {
         actor: &Actor,
     ) -> Result<Quota, AdapterError> {
         if !actor.admin {
-            return Err(AdapterError::PermissionDenied { alias: owner.to_owned() });
+            return Err(AdapterError::QuotaDenied { owner: owner.to_owned() });
         }
         self.inner.block_on(self.inner.core.db.change("set the quota", async |db| {
             let quota = Quota { adapters_max, bytes_max, ..registry::quota(&mut *db, owner).await? };
@@ -202,12 +204,7 @@ impl Inner {
     ) -> Result<AdapterInfo, AdapterError> {
         let known = self.verify(&staged)?;
         self.block_on(async {
-            registry::stage(&self.core.db, &known.location, known.generation, sweep::now()).await?;
-            crate::kill::point("before the files");
-            let published = match self.core.files.put(staged, &known.location).await {
-                Ok(()) => self.publish(&known, alias, actor, registration).await,
-                Err(error) => Err(error),
-            };
+            let published = self.place(staged, &known, alias, actor, registration).await;
             if published.is_err()
                 && let Err(error) = self.take_back(&known.location).await
             {
@@ -218,6 +215,26 @@ impl Inner {
             self.settle(&done, loosened).await;
             Ok(self.info(done.record))
         })
+    }
+
+    /// Notes where the files go, puts them there and publishes them.
+    async fn place(
+        &self,
+        staged: TempDir,
+        known: &Known,
+        alias: &Alias,
+        actor: &Actor,
+        registration: &Registration,
+    ) -> Result<(Done, bool), AdapterError> {
+        let Core { db, files, .. } = &*self.core;
+        // The disk does both at once.
+        let note = registry::stage(db, &known.location, known.generation, sweep::now());
+        let (noted, flushed) = tokio::join!(note, files.flush(&staged));
+        noted.and(flushed)?;
+        crate::kill::point("before the files");
+        files.put(staged, &known.location).await?;
+        crate::kill::point("after the files");
+        self.publish(known, alias, actor, registration).await
     }
 
     async fn publish(
@@ -237,9 +254,13 @@ impl Inner {
                 _ => registration.lineage.clone(),
             };
             let pointing = Pointing { alias, known, tags: &registration.tags, lineage };
-            Ok((self.point(db, pointing, old, actor).await?, loosened))
+            let done = self.point(db, pointing, old, actor).await?;
+            crate::kill::point("before the commit");
+            Ok((done, loosened))
         });
-        change.await
+        let published = change.await?;
+        crate::kill::point("after the commit");
+        Ok(published)
     }
 
     /// Removes the files of a registration that failed, unless its transaction took effect all the same.

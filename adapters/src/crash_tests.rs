@@ -10,13 +10,17 @@ use crate::{files::Files, kill};
 
 #[expect(dead_code, reason = "shared with the integration tests, which use all of it")]
 #[path = "../tests/it/make.rs"]
-mod make;
+pub(crate) mod make;
 
 use make::{Adapter, actor, admin, alias, entries};
 
 /// Set for the children of these tests: the folder they work in, and what they do there.
 const CHILD: &str = "OPENLORA_TEST_ADAPTERS_CHILD";
 const DO: &str = "OPENLORA_TEST_ADAPTERS_DO";
+/// Threads that register at the same time.
+const THREADS: usize = 4;
+/// What a child prints before the name of an adapter that it was told is registered.
+const ANSWERED: &str = "answered: ";
 
 #[test]
 #[ignore = "the child of the tests below"]
@@ -31,13 +35,33 @@ fn child_that_is_killed() {
         "unregister" => {
             store.unregister("a", &actor("o")).expect("gone");
         }
+        "register in company" => std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let store = &store;
+                scope.spawn(move || {
+                    for i in 0.. {
+                        let (name, path) = (format!("t{thread}/{i}"), dir.join(format!("root/{}", i % 2)));
+                        store.register_folder(&alias(&name), &path, &actor("o"), false).expect("registered");
+                        println!("{ANSWERED}{name}");
+                    }
+                });
+            }
+        }),
         other => panic!("{other}"),
     }
 }
 
 /// A folder where `a` stands for the adapter `old`, after a child that does `what` was killed at `point`.
 fn killed(point: &str, what: &str) -> TempDir {
+    killed_after_saying(point, what).0
+}
+
+/// As [`killed`], and what the child had printed.
+fn killed_after_saying(point: &str, what: &str) -> (TempDir, String) {
     let dir = TempDir::new().expect("a temporary folder");
+    for i in 0..2 {
+        Adapter::qv(2, 10 + i).write(&dir.path().join(format!("root/{i}")));
+    }
     Adapter::qv(2, 1).write(&dir.path().join("root/old"));
     Adapter::qv(3, 2).write(&dir.path().join("root/new"));
     let store = make::open(dir.path(), Limits { alias_history_max: 0, ..Limits::default() }, 1 << 20);
@@ -47,7 +71,7 @@ fn killed(point: &str, what: &str) -> TempDir {
     child.args(["--exact", "crash_tests::child_that_is_killed", "--ignored", "--nocapture"]);
     let ended = child.env(CHILD, dir.path()).env(DO, what).env(kill::AT, point).output().expect("ran");
     assert_eq!(ended.status.signal(), Some(9), "{point}: {}", String::from_utf8_lossy(&ended.stderr));
-    dir
+    (dir, String::from_utf8(ended.stdout).expect("text"))
 }
 
 /// Opens the store again: what `a` has as its largest rank, or nothing; and that no file is left over.
@@ -67,8 +91,36 @@ fn rank_after(dir: &TempDir, point: &str) -> Option<u32> {
 
 #[test]
 fn a_registration_killed_at_any_point_leaves_the_old_adapter_or_the_new() {
-    for (point, rank) in [("before the files", 2), ("before the commit", 2), ("after the commit", 3)] {
+    let points = [
+        ("before the flush", 2),
+        ("before the files", 2),
+        ("between rename and flush", 2),
+        ("after the files", 2),
+        ("before the commit", 2),
+        ("after the commit", 3),
+    ];
+    for (point, rank) in points {
         assert_eq!(rank_after(&killed(point, "register"), point), Some(rank), "{point}");
+    }
+}
+
+#[test]
+fn registrations_killed_among_those_they_share_a_transaction_with_are_whole_where_they_were_answered() {
+    for point in ["between changes#1", "between changes#9", "between changes#40", "between changes and commit#30"] {
+        let (dir, said) = killed_after_saying(point, "register in company");
+        let store = make::open(dir.path(), Limits::default(), 1 << 20);
+        assert_eq!(entries(&dir.path().join("data/staging")), Vec::<String>::new(), "{point}");
+        assert_eq!(entries(&dir.path().join("data/adapters")).len() as u64, store.stats().generations, "{point}");
+        let answered = said.lines().filter_map(|line| Some(line.split_once(ANSWERED)?.1));
+        for name in answered.clone().chain(["a"]) {
+            let generation = store.get(name, &actor("o")).expect(name).generation;
+            assert_eq!(store.resolve(name).expect(name).load().expect("whole").generation, generation, "{point}");
+        }
+        let (infos, quota) = (store.list(&admin(), None, 1_000).expect("listed"), store.quota("o", &admin()));
+        assert_eq!(quota.expect("asked").adapters, infos.len() as u64, "{point}");
+        // One that is on its way in each thread may be there unanswered.
+        let answered = answered.count() + 1;
+        assert!((answered..=answered + THREADS).contains(&infos.len()), "{point}: {answered} and {}", infos.len());
     }
 }
 

@@ -1,25 +1,27 @@
 //! The registry's database: a SQLite file by default, PostgreSQL by URL, one set of statements for both.
 //!
-//! Every change is one transaction that sees the database as if it were alone: SQLite lets one writer in at a time (`BEGIN
-//! IMMEDIATE`), PostgreSQL runs it serializable, and it is tried again where another got in between. So "read what the
-//! alias stands for, decide, write" is a compare-and-swap, whoever else changes it: threads here or other servers.
+//! Every change sees the database as if it were alone: SQLite lets one writer in at a time (`BEGIN IMMEDIATE`), PostgreSQL
+//! runs it serializable, and it is tried again where another got in between. So "read what the alias stands for, decide,
+//! write" is a compare-and-swap, whoever else changes it: threads here or other servers.
 //!
 //! SQLite writes ahead (WAL) and flushes each commit (`synchronous = FULL`): what was answered survives a power failure.
+//! A flush takes longer than a change, so changes that queue while one commits share the next commit (`group.rs`).
 
 use std::{path::Path, sync::Arc, time::Duration};
 
 use sqlx::{
     AnyConnection, AnyPool, Executor,
-    any::{AnyArguments, AnyPoolOptions},
+    any::AnyPoolOptions,
     migrate::{MigrateError, Migration, MigrationType, Migrator},
-    query::Query,
 };
 use tokio::sync::Mutex;
 
-use crate::error::AdapterError;
+use crate::{error::AdapterError, group::Group};
 
 /// Connections held at once; readers of a SQLite file do not wait for its writer.
 const CONNECTIONS_MAX: u32 = 8;
+/// KiB of pages that each connection to a SQLite file keeps; the system keeps the rest of the file while there is room.
+const SQLITE_CACHE_KIB: u32 = 512;
 /// How long a call waits for a connection.
 const ACQUIRE: Duration = Duration::from_secs(10);
 /// How long a statement waits for another process that writes to the SQLite file.
@@ -36,7 +38,7 @@ const MIGRATIONS: &[(i64, &str, &str, &str)] = &[(
 )];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     Sqlite,
     Postgres,
 }
@@ -45,8 +47,9 @@ enum Kind {
 pub(crate) struct Database {
     pool: AnyPool,
     kind: Kind,
-    /// Writers of this process queue here: SQLite would make them nap up to 100 ms, PostgreSQL run them again.
-    turn: Mutex<()>,
+    /// Writers of this process queue here, in order: SQLite would make them nap up to 100 ms, PostgreSQL run them again.
+    /// Holds the transaction that is open between two of them.
+    turn: Mutex<Option<Group>>,
 }
 
 impl Database {
@@ -67,6 +70,8 @@ impl Database {
         };
         sqlx::any::install_default_drivers();
         let options = AnyPoolOptions::new().max_connections(CONNECTIONS_MAX).acquire_timeout(ACQUIRE);
+        // A connection to a file does not break while nobody looks.
+        let options = options.test_before_acquire(kind == Kind::Postgres);
         let options = options.after_connect(move |connection, _| Box::pin(prepare(connection, kind)));
         let pool = options.connect(url).await.map_err(AdapterError::database("open the registry's database"))?;
         let database = Self { pool, kind, turn: Mutex::default() };
@@ -107,62 +112,61 @@ impl Database {
         &self.pool
     }
 
-    /// Runs one statement that may be lost in a power failure, though not in a crash of this process: it is not flushed.
-    pub(crate) async fn note<'q>(&self, statement: Query<'q, sqlx::Any, AnyArguments<'q>>) -> Result<(), sqlx::Error> {
-        let _turn = self.turn.lock().await;
-        let mut connection = self.pool.acquire().await?;
-        let sqlite = self.kind == Kind::Sqlite;
-        if sqlite {
-            connection.execute("PRAGMA synchronous = NORMAL").await?;
-        }
-        let done = statement.execute(&mut *connection).await;
-        if sqlite && connection.execute("PRAGMA synchronous = FULL").await.is_err() {
-            // It must not serve another change.
-            connection.close().await?;
-        }
-        done.map(drop)
-    }
-
-    /// Runs `work` in one transaction, again where another transaction got in between. `action` completes "could not …".
+    /// Runs `work` alone in a transaction or after others in theirs, again where another server got in between; returns
+    /// when it is on the disk. Not to be dropped halfway. `action` completes "could not …".
     ///
     /// # Errors
-    /// What `work` returned, after a rollback; [`AdapterError::Database`]. Where the commit itself failed, the change may
-    /// have been made all the same.
+    /// What `work` returned, which then has changed nothing; [`AdapterError::Database`]. Where the commit itself failed,
+    /// the change may have been made all the same.
     pub(crate) async fn change<T>(
         &self,
         action: &'static str,
         work: impl AsyncFn(&mut AnyConnection) -> Result<T, AdapterError>,
     ) -> Result<T, AdapterError> {
-        let begin = match self.kind {
-            Kind::Sqlite => "BEGIN IMMEDIATE",
-            Kind::Postgres => "BEGIN ISOLATION LEVEL SERIALIZABLE",
-        };
-        let _turn = self.turn.lock().await;
         for tried in 1.. {
-            let mut transaction = self.pool.begin_with(begin).await.map_err(AdapterError::database(action))?;
-            let done = match work(&mut transaction).await {
-                Ok(value) => {
-                    crate::kill::point("before the commit");
-                    transaction.commit().await.map(|()| value).map_err(AdapterError::database(action))
-                }
-                Err(error) => {
-                    // Where even the rollback fails the connection is gone, and the transaction with it.
-                    let _rolled_back = transaction.rollback().await;
-                    Err(error)
-                }
-            };
-            match done {
+            match self.once(&work).await {
                 // Other servers were in between: the more often, the longer they are given.
                 Err(error) if tried < TRIES && overtaken(&error) => {
                     tokio::time::sleep(Duration::from_millis(tried as u64)).await;
                 }
-                done => {
-                    crate::kill::point("after the commit");
-                    return done;
-                }
+                done => return done.unwrap_or_else(|source| Err(AdapterError::Database { action, source })),
             }
         }
         unreachable!("the last try returns")
+    }
+
+    /// What `work` returned, once its transaction is committed; or why that was not possible.
+    async fn once<T>(
+        &self,
+        work: &impl AsyncFn(&mut AnyConnection) -> Result<T, AdapterError>,
+    ) -> Result<Result<T, AdapterError>, Arc<sqlx::Error>> {
+        let mut turn = self.turn.lock().await;
+        let (mut group, first) = match turn.take() {
+            Some(group) => {
+                crate::kill::point("between changes");
+                (group, false)
+            }
+            None => (Group::begin(&self.pool, self.kind).await?, true),
+        };
+        let mut outcome = group.outcome();
+        let done = match group.run(work).await {
+            Ok(done) => done,
+            Err(error) => {
+                group.end(Err(Arc::clone(&error))).await;
+                return Err(error);
+            }
+        };
+        *turn = Some(group);
+        drop(turn);
+        if first {
+            // Whoever queued meanwhile comes before: the lock is fair.
+            let mut turn = self.turn.lock().await;
+            if outcome.is_open() {
+                crate::kill::point("between changes and commit");
+                turn.take().expect("an open group waits for its turn").commit().await;
+            }
+        }
+        outcome.told().await.map(|()| done)
     }
 
     pub(crate) async fn close(&self) {
@@ -173,7 +177,8 @@ impl Database {
 async fn prepare(connection: &mut AnyConnection, kind: Kind) -> Result<(), sqlx::Error> {
     if kind == Kind::Sqlite {
         let settings = format!(
-            "PRAGMA busy_timeout = {BUSY_MS}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON"
+            "PRAGMA busy_timeout = {BUSY_MS}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
+             PRAGMA foreign_keys = ON; PRAGMA cache_size = -{SQLITE_CACHE_KIB}"
         );
         connection.execute(settings.as_str()).await?;
     }
@@ -181,10 +186,9 @@ async fn prepare(connection: &mut AnyConnection, kind: Kind) -> Result<(), sqlx:
 }
 
 /// Whether the transaction lost to another and may succeed when it is run again.
-fn overtaken(error: &AdapterError) -> bool {
-    let AdapterError::Database { source, .. } = error else { return false };
+pub(crate) fn overtaken(error: &sqlx::Error) -> bool {
     // PostgreSQL: serialization failure, deadlock; 23505 (unique) is how two equal inserts meet.
-    let code = source.as_database_error().and_then(|error| error.code());
+    let code = error.as_database_error().and_then(|error| error.code());
     code.is_some_and(|code| ["40001", "40P01", "23505"].contains(&&*code))
 }
 

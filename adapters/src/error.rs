@@ -31,6 +31,12 @@ pub enum AdapterError {
         /// The alias.
         alias: String,
     },
+    /// Somebody else's quota, or one's own to set. PERMISSION_DENIED.
+    #[error("the quota of {owner} is shown to {owner} and administrators, and set by administrators")]
+    QuotaDenied {
+        /// Whose.
+        owner: String,
+    },
     /// The alias does not stand for the generation the caller expected. FAILED_PRECONDITION.
     #[error("alias {alias} stands for generation {found}, not for {expected}; read it again and retry")]
     Conflict {

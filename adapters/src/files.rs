@@ -23,7 +23,7 @@ use object_store::{
 };
 use openlora_types::{Generation, Limits};
 use tempfile::TempDir;
-use tokio::io::AsyncWriteExt as _;
+use tokio::{io::AsyncWriteExt as _, task::JoinHandle};
 
 use crate::{
     error::AdapterError,
@@ -121,7 +121,25 @@ impl Files {
         format!("{generation}-{:x}{random}", since.as_nanos())
     }
 
-    /// Keeps a verified staging folder under `location`.
+    /// Brings a staging folder and its files to the disk, at once: the file system's journal commits them together.
+    /// Needed for a folder, before [`Self::put`].
+    ///
+    /// # Errors
+    /// [`AdapterError::Io`].
+    pub(crate) async fn flush(&self, staged: &TempDir) -> Result<(), AdapterError> {
+        if self.folder.is_none() {
+            return Ok(());
+        }
+        crate::kill::point("before the flush");
+        let dir = staged.path();
+        let flushes = [dir.to_owned(), dir.join(FILES[0]), dir.join(FILES[1])].map(flush);
+        for flushed in flushes {
+            flushed.await.unwrap_or_else(|error| Err(error.into())).map_err(AdapterError::io("flush the adapter"))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps a verified and flushed staging folder under `location`.
     ///
     /// # Errors
     /// [`AdapterError::Io`]; the location may hold a part then.
@@ -129,12 +147,12 @@ impl Files {
         match &self.folder {
             Some(folder) => {
                 let failed = || AdapterError::io("store the adapter");
-                sync_all(staged.path()).map_err(failed())?;
                 let adapters = folder.join("adapters");
                 fs::rename(staged.path(), adapters.join(location)).map_err(failed())?;
                 // The folder is no longer where the guard would remove it from.
                 let _moved = staged.keep();
-                sync_dir(&adapters).map_err(failed())
+                crate::kill::point("between rename and flush");
+                flush(adapters).await.unwrap_or_else(|error| Err(error.into())).map_err(failed())
             }
             None => {
                 for file in FILES {
@@ -259,16 +277,7 @@ fn s3(_url: &str, _rest: &str) -> Result<(Arc<dyn ObjectStore>, Key), AdapterErr
     Err(AdapterError::invalid("adapters.store_url", why))
 }
 
-/// Flushes a staged folder and its files at once: the file system's journal commits them together.
-fn sync_all(dir: &Path) -> io::Result<()> {
-    std::thread::scope(|scope| {
-        let files = FILES.map(|file| scope.spawn(move || File::open(dir.join(file))?.sync_all()));
-        sync_dir(dir)?;
-        let panicked = |_| Err(io::Error::other("flushing a file panicked"));
-        files.into_iter().try_for_each(|flushed| flushed.join().unwrap_or_else(panicked))
-    })
-}
-
-fn sync_dir(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
+/// Flushes a file or folder, on a thread that may wait for the disk.
+fn flush(path: PathBuf) -> JoinHandle<io::Result<()>> {
+    tokio::task::spawn_blocking(move || File::open(path)?.sync_all())
 }

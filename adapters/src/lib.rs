@@ -25,6 +25,7 @@ mod database;
 mod error;
 mod files;
 mod folder;
+mod group;
 mod info;
 mod inspect;
 mod json;

@@ -238,12 +238,14 @@ pub(crate) async fn lineage_of(
     row.as_ref().map(|row| json(row, "lineage")).transpose()
 }
 
-/// Notes that `location` is being filled, so that it is found should this process die. A power failure may take the note
-/// and leave the files, which are then never removed; that costs room and nothing else.
+/// Notes that `location` is being filled, so that it is found should this process die.
 pub(crate) async fn stage(db: &Database, location: &str, id: Generation, now: i64) -> Result<(), AdapterError> {
     let sql = "INSERT INTO loose_files (location, generation, staged, since) VALUES ($1, $2, 1, $3)";
-    let statement = query(sql).bind(location).bind(id.to_string()).bind(now);
-    db.note(statement).await.map_err(AdapterError::database(WRITE))
+    let work = async |db: &mut AnyConnection| {
+        let statement = query(sql).bind(location).bind(id.to_string()).bind(now);
+        statement.execute(db).await.map(drop).map_err(AdapterError::database(WRITE))
+    };
+    db.change("note where the adapter goes", work).await
 }
 
 /// Makes `known`'s staged files those of its generation; files that were there before become
@@ -451,6 +453,10 @@ pub(crate) async fn is_loose(db: &Database, location: &str) -> Result<bool, Adap
 
 /// Forgets a loose folder whose files are gone.
 pub(crate) async fn swept(db: &Database, location: &str) -> Result<(), AdapterError> {
-    let statement = query("DELETE FROM loose_files WHERE location = $1").bind(location);
-    db.note(statement).await.map_err(AdapterError::database(WRITE))
+    let location = location.to_owned();
+    let work = async move |db: &mut AnyConnection| {
+        let statement = query("DELETE FROM loose_files WHERE location = $1").bind(location.clone());
+        statement.execute(db).await.map(drop).map_err(AdapterError::database(WRITE))
+    };
+    db.change("forget removed files", work).await
 }

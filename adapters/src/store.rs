@@ -12,7 +12,7 @@
 
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -30,7 +30,7 @@ use crate::{
     database::{Database, sqlite_url},
     error::AdapterError,
     files::Files,
-    folder::{AdapterFolder, FILES, check_size},
+    folder::{AdapterFolder, FILES, bytes_max, check_size},
     info::{Actor, AdapterInfo, Registration, StoreStats},
     lease::{Lease, Leases},
     names::{Named, Names},
@@ -41,8 +41,6 @@ use crate::{
     weights,
 };
 
-/// Bytes copied at a time.
-const PIECE: usize = 1 << 20;
 /// How often a lookup is repeated when aliases change between the lookup and the lease.
 const RETRIES: usize = 16;
 /// How long closing waits for the database.
@@ -286,10 +284,10 @@ impl AdapterStore {
     /// What `owner` has and may have.
     ///
     /// # Errors
-    /// [`AdapterError::PermissionDenied`] for anybody but the owner and administrators, [`AdapterError::Database`].
+    /// [`AdapterError::QuotaDenied`] for anybody but the owner and administrators, [`AdapterError::Database`].
     pub fn quota(&self, owner: &str, actor: &Actor) -> Result<Quota, AdapterError> {
         if !actor.may_change(owner) {
-            return Err(AdapterError::PermissionDenied { alias: owner.to_owned() });
+            return Err(AdapterError::QuotaDenied { owner: owner.to_owned() });
         }
         self.inner.block_on(registry::quota(self.inner.core.db.reader(), owner))
     }
@@ -492,18 +490,13 @@ pub(crate) fn missing(name: &str) -> AdapterError {
     AdapterError::NotFound { name: crate::json::shown(name) }
 }
 
-/// Copies `source` to `dir/name`, stopping where it outgrows its limit, whatever its size was said to be.
-fn copy(mut source: File, name: &'static str, dir: &Path, limits: &Limits) -> Result<(), AdapterError> {
-    let mut target = File::create_new(dir.join(name)).map_err(AdapterError::io(format!("store {name}")))?;
-    let mut piece = vec![0; PIECE];
-    let mut total = 0;
-    loop {
-        let read = source.read(&mut piece).map_err(AdapterError::io(format!("read {name}")))?;
-        if read == 0 {
-            return Ok(());
-        }
-        total += read as u64;
-        check_size(name, total, limits)?;
-        target.write_all(&piece[..read]).map_err(AdapterError::io(format!("store {name}")))?;
-    }
+/// Copies `source` to `dir/name`, stopping where it outgrows its limit, whatever its size was said to be. The kernel
+/// copies, or shares the blocks where the file system can.
+fn copy(source: File, name: &'static str, dir: &Path, limits: &Limits) -> Result<(), AdapterError> {
+    let failed = || AdapterError::io(format!("copy {name}"));
+    let mut target = File::create_new(dir.join(name)).map_err(failed())?;
+    let (max, _) = bytes_max(name, limits);
+    // One byte more than the limit shows that there is more.
+    let copied = io::copy(&mut source.take(max.saturating_add(1)), &mut target).map_err(failed())?;
+    check_size(name, copied, limits)
 }

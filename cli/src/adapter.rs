@@ -11,8 +11,8 @@ use openlora_adapters::{Inspection, inspect_folder};
 use openlora_model::ModelFiles;
 use openlora_proto::v1::upload_adapter_request::Part;
 use openlora_proto::v1::{
-    Adapter, GetAdapterRequest, Lineage, ListAdaptersRequest, UnregisterAdapterRequest, UploadAdapterRequest,
-    UploadChunk, UploadHeader,
+    Adapter, GetAdapterRequest, GetQuotaRequest, Lineage, ListAdaptersRequest, SetQuotaRequest,
+    UnregisterAdapterRequest, UploadAdapterRequest, UploadChunk, UploadHeader,
 };
 use openlora_types::ModelShape;
 use serde_json::{Value, json};
@@ -48,6 +48,11 @@ pub(crate) enum AdapterCommand {
         after_help = "Examples:\n  openlora adapter verify ./my-peft-folder\n  openlora adapter verify ./my-peft-folder --alias acme/cwe"
     )]
     Verify(VerifyArgs),
+    /// Show what an owner has and may have, or, for an administrator, set what they may have
+    #[command(
+        after_help = "Examples:\n  openlora adapter quota\n  openlora adapter quota acme --adapters-max 5000 --bytes-max 20000000000\n  openlora adapter quota acme --configured"
+    )]
+    Quota(QuotaArgs),
 }
 
 #[derive(Args)]
@@ -109,6 +114,23 @@ pub(crate) struct VerifyArgs {
     client: ClientArgs,
 }
 
+#[derive(Args)]
+pub(crate) struct QuotaArgs {
+    /// Whose; the key's own name when left out
+    owner: Option<String>,
+    /// Aliases they may have; a bound that is not named stays
+    #[arg(long, value_name = "N", requires = "owner")]
+    adapters_max: Option<u64>,
+    /// Bytes of adapters they may have; a bound that is not named stays
+    #[arg(long, value_name = "BYTES", requires = "owner")]
+    bytes_max: Option<u64>,
+    /// Bounds not named are those of the server's settings again
+    #[arg(long, requires = "owner")]
+    configured: bool,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
 pub(crate) fn run(global: &Global, command: &AdapterCommand) -> Result<ExitCode> {
     match command {
         AdapterCommand::Add(args) => crate::block_on(add(global, args)),
@@ -117,6 +139,7 @@ pub(crate) fn run(global: &Global, command: &AdapterCommand) -> Result<ExitCode>
         AdapterCommand::Inspect(args) => inspect(global, args),
         AdapterCommand::Check(args) => crate::check::run(global, args),
         AdapterCommand::Verify(args) => verify(global, args),
+        AdapterCommand::Quota(args) => crate::block_on(quota(global, args)),
     }
 }
 
@@ -348,6 +371,39 @@ fn verify(global: &Global, args: &VerifyArgs) -> Result<ExitCode> {
         }
     }
     Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn quota(global: &Global, args: &QuotaArgs) -> Result<ExitCode> {
+    let mut adapters = Client::connect(&args.client).await?.adapters();
+    let request = GetQuotaRequest { owner: args.owner.clone().unwrap_or_default() };
+    let mut quota = adapters.get_quota(request).await.map_err(|status| explain(&status))?.into_inner();
+    if args.configured || args.adapters_max.is_some() || args.bytes_max.is_some() {
+        let stays = |is_own: bool, max: u64| (is_own && !args.configured).then_some(max);
+        let request = SetQuotaRequest {
+            owner: quota.owner,
+            adapters_max: args.adapters_max.or(stays(quota.adapters_max_is_own, quota.adapters_max)),
+            bytes_max: args.bytes_max.or(stays(quota.bytes_max_is_own, quota.bytes_max)),
+        };
+        quota = adapters.set_quota(request).await.map_err(|status| explain(&status))?.into_inner();
+    }
+    if global.json {
+        let whole = json!({
+            "owner": quota.owner,
+            "adapters": quota.adapters,
+            "adapters_max": quota.adapters_max,
+            "adapters_max_is_own": quota.adapters_max_is_own,
+            "bytes": quota.bytes,
+            "bytes_max": quota.bytes_max,
+            "bytes_max_is_own": quota.bytes_max_is_own,
+        });
+        println!("{whole}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let from = |is_own: bool| if is_own { "set for this owner" } else { "from the server's settings" };
+    println!("{}", quota.owner);
+    println!("  {} of {} adapters ({})", quota.adapters, quota.adapters_max, from(quota.adapters_max_is_own));
+    println!("  {} of {} bytes ({})", quota.bytes, quota.bytes_max, from(quota.bytes_max_is_own));
+    Ok(ExitCode::SUCCESS)
 }
 
 fn to_json(adapter: &Adapter) -> Value {

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use openlora_adapters::{AdapterError, AdapterInfo, AdapterStore, Lease, Lineage, Registration};
+use openlora_adapters::{AdapterError, AdapterInfo, AdapterStore, Lease, Lineage, Quota, Registration};
 use openlora_proto::v1 as wire;
 use openlora_proto::v1::adapters_server::Adapters;
 use openlora_types::{Alias, Generation, InvalidField};
@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::app::State;
 use crate::auth::Caller;
 use crate::convert::parse_generation;
+use crate::keys::check_name;
 use crate::{ServerError, upload};
 
 const PAGE_SIZE_DEFAULT: u32 = 100;
@@ -65,6 +66,19 @@ impl AdaptersService {
         let store = Arc::clone(&self.state.app.store);
         let task = tokio::task::spawn_blocking(move || work(&store));
         Ok(task.await.map_err(|_| ServerError::Internal("the adapter store panicked"))??)
+    }
+
+    fn quota(&self, owner: String, quota: Quota) -> wire::Quota {
+        let limits = &self.state.config.limits;
+        wire::Quota {
+            owner,
+            adapters: quota.adapters,
+            bytes: quota.bytes,
+            adapters_max: quota.adapters_max.unwrap_or(limits.owner_adapters_max),
+            bytes_max: quota.bytes_max.unwrap_or(limits.owner_bytes_max),
+            adapters_max_is_own: quota.adapters_max.is_some(),
+            bytes_max_is_own: quota.bytes_max.is_some(),
+        }
     }
 
     fn adapter(&self, info: AdapterInfo) -> wire::Adapter {
@@ -199,6 +213,27 @@ impl Adapters for AdaptersService {
         let info = self.store(move |store| store.pin(alias.as_str(), pinned, &actor)).await?;
         self.state.follow_pins().await;
         Ok(Response::new(self.adapter(info)))
+    }
+
+    async fn get_quota(&self, request: Request<wire::GetQuotaRequest>) -> Result<Response<wire::Quota>, Status> {
+        let (caller, request) = split(request)?;
+        let actor = caller.actor();
+        let owner = if request.owner.is_empty() { actor.name.clone() } else { request.owner };
+        check_name("owner", &owner).map_err(ServerError::from)?;
+        let of = owner.clone();
+        let quota = self.store(move |store| store.quota(&of, &actor)).await?;
+        Ok(Response::new(self.quota(owner, quota)))
+    }
+
+    async fn set_quota(&self, request: Request<wire::SetQuotaRequest>) -> Result<Response<wire::Quota>, Status> {
+        let _busy = self.state.begin();
+        let (caller, request) = split(request)?;
+        let wire::SetQuotaRequest { owner, adapters_max, bytes_max } = request;
+        check_name("owner", &owner).map_err(ServerError::from)?;
+        let (of, actor) = (owner.clone(), caller.actor());
+        let quota = self.store(move |store| store.set_quota(&of, adapters_max, bytes_max, &actor)).await?;
+        tracing::info!(owner, adapters_max, bytes_max, "quota set");
+        Ok(Response::new(self.quota(owner, quota)))
     }
 }
 

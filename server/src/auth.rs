@@ -86,6 +86,8 @@ pub(crate) fn call(path: &str) -> Call {
         "/openlora.v1.Adapters/Unregister" => ("Adapters.Unregister", CHANGE, true),
         "/openlora.v1.Adapters/SetAlias" => ("Adapters.SetAlias", CHANGE, true),
         "/openlora.v1.Adapters/Pin" => ("Adapters.Pin", CHANGE, true),
+        "/openlora.v1.Adapters/GetQuota" => ("Adapters.GetQuota", CHANGE, false),
+        "/openlora.v1.Adapters/SetQuota" => ("Adapters.SetQuota", ADMIN, true),
         "/openlora.v1.Server/GetInfo" => ("Server.GetInfo", Access::Key, false),
         "/openlora.v1.Server/GetModel" => ("Server.GetModel", Access::Key, false),
         "/grpc.health.v1.Health/Check" | "/grpc.health.v1.Health/List" | "/grpc.health.v1.Health/Watch" => {
@@ -189,7 +191,7 @@ mod tests {
                 }
             }
         }
-        assert!(seen >= 12, "{seen} methods");
+        assert!(seen >= 14, "{seen} methods");
         assert_eq!(call("/openlora.v2.New/Call").access, ADMIN);
     }
 

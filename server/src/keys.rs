@@ -207,7 +207,7 @@ impl KeyStore {
     /// # Errors
     /// A bad name, a name of another role, a file that cannot be written.
     pub fn create(&self, name: &str, role: Role) -> Result<PlainKey, KeyError> {
-        check_name(name)?;
+        check_name("name", name)?;
         let key = PlainKey::draw();
         self.change(|keys| {
             if let Some(other) = keys.iter().find(|key| key.name == name && key.role != role) {
@@ -342,10 +342,10 @@ fn unix_now_s() -> u64 {
 }
 
 /// A key's name is the first segment of the aliases its owner may register, so it has the form of one.
-fn check_name(name: &str) -> Result<(), InvalidField> {
-    Alias::parse("name", name, &Limits::default())?;
+pub(crate) fn check_name(field: &str, name: &str) -> Result<(), InvalidField> {
+    Alias::parse(field, name, &Limits::default())?;
     if name.contains('/') {
-        return Err(InvalidField::new("name", "must not contain '/': it is the part of an alias before it"));
+        return Err(InvalidField::new(field, "must not contain '/': it is the part of an alias before it"));
     }
     Ok(())
 }
@@ -391,7 +391,7 @@ fn load(path: &Path) -> Result<Loaded, KeyError> {
     for (i, record) in file.keys.into_iter().enumerate() {
         let malformed =
             |reason: String| KeyError::Malformed { path: path.to_owned(), reason: format!("keys[{i}].{reason}") };
-        check_name(&record.name).map_err(|error| malformed(error.to_string()))?;
+        check_name("name", &record.name).map_err(|error| malformed(error.to_string()))?;
         let hash = blake3::Hash::from_hex(&record.hash)
             .map_err(|_| malformed("hash must be 64 hexadecimal digits".to_owned()))?;
         by_prefix.entry(prefix_of(&hash)).or_default().push((hash, record));

@@ -124,6 +124,7 @@ fn adapter(error: &AdapterError) -> Answer {
         AdapterError::PermissionDenied { alias } => {
             Answer::new(Code::PermissionDenied, "NOT_THE_OWNER", text).resource("adapter", alias)
         }
+        AdapterError::QuotaDenied { .. } => Answer::new(Code::PermissionDenied, "NOT_THE_OWNER", text),
         AdapterError::Conflict { alias, .. } => {
             Answer::new(Code::FailedPrecondition, "GENERATION_MISMATCH", text).resource("adapter", alias)
         }

@@ -41,7 +41,7 @@ fn an_owner_takes_no_more_than_their_quota() {
     assert!(!full.is_retryable() && full.to_string().contains("owner_adapters_max is 2"), "{full}");
     register("p", &small, "p", false).expect("another owner's first");
 
-    assert!(matches!(bench.store.set_quota("o", None, None, &actor("o")), Err(AdapterError::PermissionDenied { .. })));
+    assert!(matches!(bench.store.set_quota("o", None, None, &actor("o")), Err(AdapterError::QuotaDenied { .. })));
     bench.store.set_quota("o", Some(3), Some(4 * bytes), &admin()).expect("set");
     register("c", &small, "o", false).expect("three");
     let large_one = register("c", &large, "o", true).expect_err("four times as large");
@@ -50,7 +50,7 @@ fn an_owner_takes_no_more_than_their_quota() {
     bench.store.unregister("a", &actor("o")).expect("gone");
     let quota = bench.store.quota("o", &actor("o")).expect("their own");
     assert_eq!((quota.adapters, quota.bytes, quota.bytes_max), (2, 2 * bytes, Some(4 * bytes)));
-    assert!(matches!(bench.store.quota("o", &actor("p")), Err(AdapterError::PermissionDenied { .. })));
+    assert!(matches!(bench.store.quota("o", &actor("p")), Err(AdapterError::QuotaDenied { .. })));
     let bench = bench.reopen();
     assert_eq!(bench.store.quota("o", &admin()).expect("kept"), quota);
     assert_eq!(bench.generations(), 1, "what was refused left no files");
@@ -180,6 +180,29 @@ fn a_database_of_a_newer_release_is_left_alone() {
     sql(&url, "DELETE FROM _sqlx_migrations WHERE version = 99");
     let store = AdapterStore::open(config, shape(), Limits::default()).expect("as it was");
     store.resolve("a").expect("served again");
+}
+
+#[test]
+fn an_adapter_of_another_base_model_is_never_served_and_waits_for_its_own() {
+    let bench = Bench::new();
+    let path = bench.write("a", &Adapter::qv(1, 1));
+    let generation =
+        bench.store.register_folder(&alias("a"), &path, &actor("o"), false).expect("registered").generation;
+    bench.store.pin("a", true, &actor("o")).expect("pinned");
+    let Bench { store, dir } = bench;
+    drop(store);
+    // Every tensor of the adapter would fit this one too.
+    let other = openlora_types::ModelShape { name: "other".into(), vocab: 32, ..shape() };
+    let store = AdapterStore::open(make::config(dir.path(), 1 << 20), other, Limits::default()).expect("opened");
+    for name in ["a".to_owned(), format!("a@{generation}")] {
+        let error = store.resolve(&name).expect_err("another base model's");
+        assert!(matches!(error, AdapterError::Invalid(_)) && error.to_string().contains("other sizes"), "{error}");
+    }
+    assert_eq!(store.pinned().expect("asked").len(), 0);
+    assert_eq!(store.list(&actor("o"), None, 10).expect("listed").len(), 1, "its owner still sees it");
+    drop(store);
+    let store = make::open(dir.path(), Limits::default(), 1 << 20);
+    assert_eq!(store.resolve("a").expect("its own").load().expect("served").generation, generation);
 }
 
 /// A store on a SQLite file of its own, and the file.

@@ -39,6 +39,15 @@ fn an_owner_registers_inspects_verifies_and_removes_an_adapter() {
     assert_eq!(verified.status.code(), Some(1));
     let taken = failure(&server.openlora(&["adapter", "add", "admin/cwe", folder]));
     assert!(taken.contains("admin/cwe"), "{taken}");
+    let full = server.openlora(&["adapter", "quota", "admin", "--adapters-max", "1", "--json"]);
+    assert_eq!((&json(&full)["adapters"], &json(&full)["bytes"]), (&1.into(), &added["bytes"]));
+    let refused = failure(&server.openlora(&["adapter", "add", "admin/more", folder]));
+    assert!(refused.contains("owner_adapters_max is 1"), "{refused}");
+    let both = json(&server.openlora(&["adapter", "quota", "admin", "--bytes-max", "7", "--json"]));
+    assert_eq!((&both["adapters_max"], &both["bytes_max"]), (&1.into(), &7.into()), "a bound that is not named stays");
+    text(&server.openlora(&["adapter", "quota", "admin", "--configured"]));
+    let shown = text(&server.openlora(&["adapter", "quota"]));
+    assert!(shown.contains("1 of 100000 adapters (from the server's settings)"), "{shown}");
     text(&server.openlora(&["adapter", "rm", "admin/cwe"]));
     assert!(text(&server.openlora(&["adapter", "ls"])).contains("no adapters yet"));
     let missing = failure(&server.openlora(&["generate", "--adapter", "admin/cwe", "x"]));

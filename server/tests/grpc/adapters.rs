@@ -185,6 +185,41 @@ async fn uploads_out_of_order_or_of_the_wrong_bytes_leave_nothing() {
     assert_eq!(staged(&server), 0, "nothing is left of them");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damaged_files_fail_the_requests_for_that_adapter_alone_until_it_is_registered_again() {
+    let server = TestServer::start().await;
+    let mut owner = server.adapters(Role::Owner).await;
+    let damaged = owner.register(register(&owned("damaged"))).await.expect("registered").into_inner();
+    let other = fixture("adapters-tiny/llama3/embed-head").display().to_string();
+    let whole = wire::RegisterAdapterRequest { path: other, ..register(&owned("whole")) };
+    let whole = owner.register(whole).await.expect("registered").into_inner();
+    let locations =
+        std::fs::read_dir(server.folder.path().join("data/adapters")).expect("the store's folder").flatten();
+    let location =
+        locations.map(|entry| entry.path()).find(|path| path.display().to_string().contains(&damaged.generation));
+    let tensors = location.expect("its files").join(TENSORS);
+    let mut bytes = std::fs::read(&tensors).expect("read");
+    *bytes.last_mut().expect("bytes") ^= 1;
+    std::fs::write(&tensors, bytes).expect("damaged");
+
+    let ask = async |adapter: String| {
+        let asked = wire::GenerateRequest { adapter, ..request(text("The river"), 4) };
+        server.inference(Role::App).await.generate(asked).await.map(|answer| answer.into_inner().generation)
+    };
+    let (failed, served, base) = tokio::join!(ask(owned("damaged")), ask(owned("whole")), ask(String::new()));
+    let failed = failed.expect_err("damaged");
+    assert_eq!(failed.code(), Code::Internal, "{failed}");
+    assert_eq!(failed.get_details_error_info().expect("ErrorInfo").reason, "ADAPTER_DAMAGED");
+    assert!(failed.message().contains("register the adapter again"), "{failed}");
+    assert_eq!((served.expect("served"), base.expect("served")), (whole.generation, String::new()));
+    ask(owned("damaged")).await.expect_err("remembered");
+
+    let again = wire::RegisterAdapterRequest { replace: Some(true), ..register(&owned("damaged")) };
+    owner.register(again).await.expect("registered again");
+    assert_eq!(ask(owned("damaged")).await.expect("served"), damaged.generation);
+    server.until_idle().await;
+}
+
 /// Entries of the store's staging folder.
 fn staged(server: &TestServer) -> usize {
     let folder = server.folder.path().join("data");

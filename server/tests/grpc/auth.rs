@@ -50,7 +50,8 @@ fn methods() -> Vec<String> {
 fn promised(path: &str) -> &'static [Role] {
     match path.rsplit('/').next().unwrap_or_default() {
         "Generate" | "GenerateStream" | "CountTokens" | "Get" | "List" => &[Role::App, Role::Owner, Role::Admin],
-        "Register" | "Upload" | "Unregister" | "SetAlias" | "Pin" => &[Role::Owner, Role::Admin],
+        "Register" | "Upload" | "Unregister" | "SetAlias" | "Pin" | "GetQuota" => &[Role::Owner, Role::Admin],
+        "SetQuota" => &[Role::Admin],
         "GetInfo" | "GetModel" => &ROLES,
         _ => &[],
     }
@@ -61,7 +62,7 @@ async fn every_call_lets_in_exactly_the_roles_it_promises() {
     let server = TestServer::start().await;
     let channel = server.channel().await;
     let methods = methods();
-    assert_eq!(methods.len(), 12);
+    assert_eq!(methods.len(), 14);
     for path in &methods {
         for role in ROLES {
             let code =

@@ -157,6 +157,21 @@ impl TestServer {
         AdaptersClient::with_interceptor(self.channel().await, self.key(role))
     }
 
+    /// A client of another owner, whose key is made now.
+    pub(crate) async fn adapters_of(&self, owner: &str) -> AdaptersClient<Keyed> {
+        let store = KeyStore::open(self.folder.path().join("keys.json")).expect("key store");
+        let key = store.create(owner, Role::Owner).expect("key");
+        let key = Key(Some(format!("Bearer {}", key.reveal()).parse().expect("a header")));
+        let mut client = AdaptersClient::with_interceptor(self.channel().await, key);
+        let known = async {
+            while client.get_quota(wire::GetQuotaRequest::default()).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, known).await.expect("a running server learns of new keys");
+        client
+    }
+
     pub(crate) async fn info(&self) -> wire::ServerInfo {
         let mut client = ServerClient::with_interceptor(self.channel().await, self.key(Role::Operator));
         client.get_info(wire::GetInfoRequest {}).await.expect("info").into_inner()

@@ -8,3 +8,4 @@ mod hostile;
 mod inference;
 mod lifecycle;
 mod limits;
+mod owners;
