@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Thousands of adapters on one device: throughput, registration, memory, restart, cold adapters, two tenants.
-#   workload.sh RUN_FOLDER [ROUNDS]
-# About 20 minutes and 10 GB of disk. Build first: cargo build --release -p openlora-cli -p openlora-benches
+#   workload.sh RUN_FOLDER [ROUNDS] [registry|throughput|busy|tenants ...]
+# All parts with 3 rounds: about 20 minutes and 10 GB of disk; other parts' files in the folder are left as they are. Build first: cargo build --release -p openlora-cli -p openlora-benches
 set -euo pipefail
 mkdir -p "$1"
 run=$(realpath "$1")
 rounds=${2:-3}
+parts=" ${*:3} "
+[ $# -gt 2 ] || parts=" registry throughput busy tenants "
+wants() { [[ $parts == *" $1 "* ]]; }
 cd "$(dirname "$0")/.."
 openlora=$PWD/target/release/openlora load=$PWD/target/release/openlora-load
 model=${OPENLORA_MODEL_PATH:-$HOME/.cache/openlora/models/SmolLM2-135M-Instruct.Q4_1.gguf}
@@ -39,7 +42,8 @@ memory() { awk '/RssAnon/ { print $2 }' "/proc/$server/status"; }
 
 mkdir "$state/keys" "$state/files" "$state/traces"
 export OPENLORA_MODEL_PATH=$model OPENLORA_ADAPTERS_DATA_DIR=$state/adapters OPENLORA_ADAPTERS_ALLOWED_ROOTS=$state/files \
-  OPENLORA_SERVER_KEYS_FILE=$state/keys.json OPENLORA_SERVER_GRPC_ADDR=127.0.0.1:0 OPENLORA_SERVER_HTTP_ADDR=127.0.0.1:0
+  OPENLORA_SERVER_KEYS_FILE=$state/keys.json OPENLORA_SERVER_GRPC_ADDR=127.0.0.1:0 OPENLORA_SERVER_HTTP_ADDR=127.0.0.1:0 \
+  OPENLORA_SERVER_METRICS_PUBLIC=true
 for name in admin only quiet loud; do
   role=$([ "$name" = admin ] && echo admin || echo app)
   "$openlora" key create --role "$role" --name "$name" --json |
@@ -48,44 +52,57 @@ done
 for name in one-r8 two-tenants; do "$load" write "$name" "$state/traces/$name.jsonl"; done
 python3 benches/workload.py traces "$state/traces"
 
-# 5,000 adapters: registration, memory, restart. 400 pages: 32 sequences of 96 tokens (192), 64 adapters (192), 16 to move.
+# 400 pages: 32 sequences of 96 tokens (192), 64 adapters (192), 16 to move.
 start 400
 empty=$(memory)
-registered=$(OPENLORA_API_KEY=$(cat "$state/keys/admin") "$load" register --server "http://$grpc" \
-  --trace "$state/traces/register.jsonl" --model "$model" --folder "$state/files" --concurrency 8)
+enroll() {
+  OPENLORA_API_KEY=$(cat "$state/keys/admin") "$load" register --server "http://$grpc" --trace "$state/traces/$1.jsonl" \
+    --model "$model" --folder "$state/files" --concurrency 8 --prefix "$2"
+}
+# 500 first, so that what the server keeps whatever their number is not counted as theirs.
+enroll register-500 bench/first >/dev/null
+few=$(memory)
+registered=$(enroll register bench/a)
 after=$(memory)
 began=$(date +%s%N)
 start 400
 ready=$((($(date +%s%N) - began) / 1000000))
-restarted=$(memory)
-cat >"$run/registry.txt" <<END
+if wants registry; then
+  cat >"$run/registry.txt" <<END
 $registered (8 at once, local files of 0.9 MB, each on disk before it is answered)
-memory without adapters $empty kB; after registering 5,000: $after kB; restarted with them: $restarted kB
-stop and start with 5,000 adapters: $ready ms
+memory without adapters $empty kB; after registering 500: $few kB; after 5,000 more: $after kB; restarted with them: $(memory) kB
+stop and start with 5,500 adapters: $ready ms
 END
+fi
 
-replay warm-up one-r8 --first 300 --concurrency 32
-for ((round = 1; round <= rounds; round++)); do
-  for name in one-r8 zipf-2k-r8 uniform-2k-r8; do replay "$name-$round" "$name" --first 600 --concurrency 32; done
-done
-echo "memory after all of that, pool of 144,000 kB, host cache of at most 1,048,576 kB: $(memory) kB" >>"$run/registry.txt"
-
-start 2500
-replay warm-up "$state/traces/busy-brief.jsonl"
-for ((round = 1; round <= rounds; round++)); do
-  replay "busy-$round" "$state/traces/busy.jsonl"
-  replay "busy-one-cold-$round" "$state/traces/busy-one-cold-$round.jsonl"
-  replay "busy-warm-$round" "$state/traces/busy-warm.jsonl"
-  replay "busy-cold-$round" "$state/traces/busy-cold-$round.jsonl"
-done
-
-# Each with a fresh cache.
-for ((round = 1; round <= rounds; round++)); do
-  for name in solo two-tenants; do
-    start 2500
-    replay warm-up one-r8 --first 100 --concurrency 32
-    replay "$name-$round" "$state/traces/$name.jsonl"
+if wants throughput; then
+  replay warm-up one-r8 --first 300 --concurrency 32
+  for ((round = 1; round <= rounds; round++)); do
+    for name in one-r8 zipf-2k-r8 uniform-2k-r8; do replay "$name-$round" "$name" --first 600 --concurrency 32; done
   done
-done
-rm "$run/warm-up.json"
+  echo "memory after that, pool of 144,000 kB, host cache of at most 1,048,576 kB: $(memory) kB" >"$run/memory.txt"
+fi
+
+if wants busy; then
+  start 2500
+  replay warm-up "$state/traces/busy-brief.jsonl"
+  for ((round = 1; round <= rounds; round++)); do
+    replay "busy-$round" "$state/traces/busy.jsonl"
+    replay "busy-one-cold-$round" "$state/traces/busy-one-cold-$round.jsonl"
+    replay "busy-warm-$round" "$state/traces/busy-warm.jsonl"
+    replay "busy-cold-$round" "$state/traces/busy-cold-$round.jsonl"
+  done
+fi
+
+if wants tenants; then
+  # Each with a fresh cache.
+  for ((round = 1; round <= rounds; round++)); do
+    for name in solo two-tenants; do
+      start 2500
+      replay warm-up one-r8 --first 100 --concurrency 32
+      replay "$name-$round" "$state/traces/$name.jsonl"
+    done
+  done
+fi
+rm -f "$run/warm-up.json"
 python3 benches/workload.py tables "$run" | tee "$run/table.md"

@@ -5,8 +5,9 @@
 //! 1998, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy"): at each use an entry is worth
 //! `H = L + uses * cost / pages`, and when one is evicted, `L` rises to its `H`. So what costs much to get back for the pages
 //! that it fills and what many ask for stays longer, and what is not used grows worthless as `L` passes it by. The cost of an
-//! adapter is the time to load it again, that of a block the time to compute it again. A block counts as used once, so all
-//! blocks have one cost, their values ascend in the order of their last use and only the first of them is ever compared.
+//! adapter is the time to load it again. That of a block is the time to compute it again, times the share of released blocks
+//! that were found again lately: where all prompts differ, blocks are worth next to nothing and leave the pool to adapters. All
+//! blocks of a time have one cost, so they go in the order of their last use and only the first of them is ever compared.
 //!
 //! An idle adapter that waiting sequences want goes only when nothing else is left.
 
@@ -16,6 +17,10 @@ use crate::page_pool::PagePool;
 use crate::residency::{Adapter, Residency, State};
 use crate::{AdapterLoad, SchedulerConfig, StepPlan};
 
+/// Released blocks over which it is counted how many are found again, and how many are taken for found at first.
+const REUSE_WINDOW: u64 = 4_096;
+const REUSE_PRIOR: u64 = 64;
+
 /// The pool with all that lives in it.
 #[derive(Debug)]
 pub(crate) struct Memory {
@@ -24,6 +29,9 @@ pub(crate) struct Memory {
     /// `L`: what the last thing evicted was worth. It never falls.
     floor: u64,
     block_micros: u64,
+    /// Blocks that were released and, of all, those that a sequence found again; both halved now and then.
+    released: u64,
+    found: u64,
     /// Uses of adapters so far.
     uses: u64,
     pub(crate) adapter_evictions: u64,
@@ -36,6 +44,8 @@ impl Memory {
             adapters: Residency::with_capacity(config.max_loras.min(config.max_num_seqs)),
             floor: 0,
             block_micros: config.block_micros,
+            released: 0,
+            found: 0,
             uses: 0,
             adapter_evictions: 0,
         }
@@ -54,8 +64,19 @@ impl Memory {
 
     /// Gives a sequence's blocks back.
     pub(crate) fn release_blocks(&mut self, table: &mut Vec<u32>) {
-        let value = self.floor.saturating_add(self.block_micros);
-        self.pages.release_all(table, value);
+        self.released += table.len() as u64;
+        if self.released > REUSE_WINDOW {
+            (self.released, self.found) = (self.released / 2, self.found / 2);
+        }
+        // Until a good part of a window has passed, blocks count as found again.
+        let share = (self.found + REUSE_PRIOR).min(self.released + REUSE_PRIOR);
+        let value = self.block_micros.saturating_mul(share) / (self.released + REUSE_PRIOR);
+        self.pages.release_all(table, self.floor.saturating_add(value));
+    }
+
+    /// A sequence found so many of its blocks.
+    pub(crate) fn count_found(&mut self, blocks: usize) {
+        self.found += blocks as u64;
     }
 
     /// Starts loading an absent adapter, sparing the `shielded` ones. The caller made sure that the pages are available.

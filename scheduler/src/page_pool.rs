@@ -120,8 +120,10 @@ impl PagePool {
         }
     }
 
-    /// Gives one reference back. The last one makes the block cached (as the most recently used, worth `value`) or blank.
+    /// Gives one reference back. The last one makes the block cached (as the most recently used, worth `value` or what the one
+    /// before it is worth) or blank.
     pub(crate) fn release(&mut self, block: u32, value: u64) {
+        let before = self.pages.get(self.newest as usize).map_or(0, |page| page.value);
         let entry = &mut self.pages[block as usize];
         assert!(entry.references > 0, "block {block} is released more often than it was held");
         entry.references -= 1;
@@ -129,7 +131,7 @@ impl PagePool {
             return;
         }
         if entry.key.is_some() {
-            entry.value = value;
+            entry.value = value.max(before);
             self.link_newest(block);
         } else {
             self.blank.push(block);

@@ -353,6 +353,7 @@ impl Scheduler {
                 adapter.waiting -= 1;
             });
         }
+        self.memory.count_found(prefix.blocks);
         let sequence = &mut self.slots[ticket.slot];
         for key in &sequence.keys[..prefix.blocks] {
             let block = self.memory.pages.lookup(key).expect("the blocks were found a moment ago");

@@ -14,6 +14,7 @@ mod portable;
 use std::ops::Range;
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use super::{Isa, Pool};
 
@@ -134,9 +135,14 @@ pub(crate) trait Element: bytemuck::Pod + Default + Send + Sync {
     fn load<S: Simd>(simd: S, from: &Chunk<Self>) -> S::V;
     fn store<S: Simd>(simd: S, value: S::V, to: &mut Chunk<Self>);
     fn to_f32(self) -> f32;
+    /// Rounds to this format.
+    fn narrow(from: &[f32], to: &mut [Self]);
 }
 
 impl Element for f32 {
+    fn narrow(from: &[f32], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
     #[inline(always)]
     fn load<S: Simd>(simd: S, from: &Chunk<f32>) -> S::V {
         simd.load(from)
@@ -152,6 +158,9 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
+    fn narrow(from: &[f32], to: &mut [f16]) {
+        to.convert_from_f32_slice(from);
+    }
     #[inline(always)]
     fn load<S: Simd>(simd: S, from: &Chunk<f16>) -> S::V {
         simd.load_f16(from)

@@ -1,6 +1,7 @@
 //! One adapter in memory.
 
-use half::f16;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use openlora_types::{AdapterSizes, AdapterWeights, Elements, Matrix, Module, Site, SiteWeights};
 
 use super::super::pages::CpuPageSet;
@@ -89,8 +90,8 @@ impl CpuAdapter {
             Precision::F32 => vec![Shifts { a: 1.0, b: 1.0 }; weights.sites.len()],
         };
         match precision {
-            Precision::Quantised => write(weights, &shifts, &placement, &mut pages, f16::from_f32),
-            Precision::F32 => write(weights, &shifts, &placement, &mut pages, |value| value),
+            Precision::Quantised => write::<f16>(weights, &shifts, &placement, &mut pages),
+            Precision::F32 => write::<f32>(weights, &shifts, &placement, &mut pages),
         }
         let mut sites = Vec::new();
         sites.resize_with(Site::count(layers), || None);
@@ -194,8 +195,14 @@ fn site_shifts(site: &SiteWeights) -> Result<Shifts, KernelError> {
 /// The power of two, at least 1, that brings the largest number to [2^13, 2^14): room for neither rounding nor a sum to
 /// overflow.
 fn shift(site: Site, elements: &Elements) -> Result<f32, KernelError> {
-    let largest = elements.iter_f32().fold(0.0, |largest: f32, value| largest.max(value.abs()));
-    if let Some(value) = elements.iter_f32().find(|value| !f16::from_f32(*value).is_finite()) {
+    let largest = match elements {
+        Elements::F32(numbers) => largest(numbers),
+        Elements::F16(numbers) => largest(numbers),
+        Elements::Bf16(numbers) => largest(numbers),
+    };
+    let in_range = |value: f32| f16::from_f32(value).is_finite();
+    if !in_range(largest) {
+        let value = elements.iter_f32().find(|value| !in_range(*value)).unwrap_or(largest);
         return Err(KernelError::AdapterRange { site, value });
     }
     // Subnormal f32 numbers are beyond any use; 2^100 keeps the inverse in range.
@@ -203,53 +210,112 @@ fn shift(site: Site, elements: &Elements) -> Result<f32, KernelError> {
     Ok(2.0_f32.powi(exponent))
 }
 
+/// The largest absolute value; NaN where there is one.
+fn largest<N: Number>(numbers: &[N]) -> f32 {
+    N::from_magnitude(numbers.iter().fold(N::Bits::default(), |largest, number| largest.max(number.magnitude())))
+}
+
 /// Writes the factors of all sites to their places: A as it is, B transposed.
-fn write<T: Element>(
-    weights: &AdapterWeights,
-    shifts: &[Shifts],
-    placement: &Placement,
-    pages: &mut CpuPageSet,
-    convert: impl Fn(f32) -> T,
-) {
+fn write<T: Element>(weights: &AdapterWeights, shifts: &[Shifts], placement: &Placement, pages: &mut CpuPageSet) {
     for ((site, shifts), [a, b]) in weights.sites.iter().zip(shifts).zip(&placement.sites) {
-        write_factor(pages, a, &site.a.elements, (site.a.cols, 1), |value| convert(value * shifts.a));
-        write_factor(pages, b, &site.b.elements, (1, site.b.cols), |value| convert(value * shifts.b));
+        write_factor::<T>(pages, a, &site.a.elements, (site.a.cols, 1), shifts.a);
+        write_factor::<T>(pages, b, &site.b.elements, (1, site.b.cols), shifts.b);
     }
 }
 
-/// Writes one factor. `strides`: how far a row is from the next in `elements`, and an element of a row from the next.
+/// Writes one factor, multiplied. `strides`: how far a row is from the next in `elements`, and an element of a row from the next.
 fn write_factor<T: Element>(
     pages: &mut CpuPageSet,
     place: &FactorPlace,
     elements: &Elements,
     strides: (usize, usize),
-    convert: impl Fn(f32) -> T,
+    multiplier: f32,
 ) {
     match elements {
-        Elements::F32(numbers) => write_numbers(pages, place, numbers, strides, convert),
-        Elements::F16(numbers) => write_numbers(pages, place, numbers, strides, convert),
-        Elements::Bf16(numbers) => write_numbers(pages, place, numbers, strides, convert),
+        Elements::F32(numbers) => write_numbers::<T, _>(pages, place, numbers, strides, multiplier),
+        Elements::F16(numbers) => write_numbers::<T, _>(pages, place, numbers, strides, multiplier),
+        Elements::Bf16(numbers) => write_numbers::<T, _>(pages, place, numbers, strides, multiplier),
     }
 }
 
-fn write_numbers<T: Element, N: Copy + Into<f32>>(
+/// Elements converted at a time.
+const PIECE: usize = 256;
+
+fn write_numbers<T: Element, N: Number>(
     pages: &mut CpuPageSet,
     place: &FactorPlace,
     numbers: &[N],
     (row_stride, stride): (usize, usize),
-    convert: impl Fn(f32) -> T,
+    multiplier: f32,
 ) {
     if numbers.is_empty() {
         return;
     }
+    let (mut piece, mut wide) = ([N::default(); PIECE], [0.0; PIECE]);
     for run in place.runs() {
         let to = pages.write::<T>(run.page, run.offset, run.rows.len() * place.width());
         for (row, to) in run.rows.zip(to.chunks_exact_mut(place.width())) {
-            let from = numbers[row * row_stride + run.columns.start * stride..].iter().step_by(stride);
-            for (to, number) in to[..run.columns.len()].iter_mut().zip(from) {
-                *to = convert((*number).into());
+            let mut from = numbers[row * row_stride + run.columns.start * stride..].iter().step_by(stride);
+            for to in to[..run.columns.len()].chunks_mut(PIECE) {
+                let (piece, wide) = (&mut piece[..to.len()], &mut wide[..to.len()]);
+                piece.iter_mut().zip(&mut from).for_each(|(to, number)| *to = *number);
+                N::widen(piece, wide);
+                wide.iter_mut().for_each(|value| *value *= multiplier);
+                T::narrow(wide, to);
             }
         }
+    }
+}
+
+/// An element of an adapter's file.
+trait Number: Copy + Default {
+    /// Ordered as the absolute values are, NaN above all.
+    type Bits: Ord + Default;
+
+    fn magnitude(self) -> Self::Bits;
+    fn from_magnitude(bits: Self::Bits) -> f32;
+    fn widen(from: &[Self], to: &mut [f32]);
+}
+
+impl Number for f32 {
+    type Bits = u32;
+
+    fn magnitude(self) -> u32 {
+        self.abs().to_bits()
+    }
+    fn from_magnitude(bits: u32) -> f32 {
+        Self::from_bits(bits)
+    }
+    fn widen(from: &[Self], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+}
+
+impl Number for f16 {
+    type Bits = u16;
+
+    fn magnitude(self) -> u16 {
+        self.to_bits() & 0x7fff
+    }
+    fn from_magnitude(bits: u16) -> f32 {
+        Self::from_bits(bits).to_f32()
+    }
+    fn widen(from: &[Self], to: &mut [f32]) {
+        from.convert_to_f32_slice(to);
+    }
+}
+
+impl Number for bf16 {
+    type Bits = u16;
+
+    fn magnitude(self) -> u16 {
+        self.to_bits() & 0x7fff
+    }
+    fn from_magnitude(bits: u16) -> f32 {
+        Self::from_bits(bits).to_f32()
+    }
+    fn widen(from: &[Self], to: &mut [f32]) {
+        from.convert_to_f32_slice(to);
     }
 }
 
