@@ -12,6 +12,8 @@ run=$root/benches/runs/${2:-$(date +%F)-cpu}
 gguf=${OPENLORA_HOME:-$HOME/.cache/openlora}/models/SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$run"
 cd "$root"
+# Peers prefill in steps of 512 rows and more; the server's default is shorter, for the sake of those who wait.
+export OPENLORA_ENGINE_MAX_NUM_BATCHED_TOKENS=512
 cargo build --release --locked --bin openlora --bin openlora-load
 
 say() { printf '\n== %s\n' "$1"; }

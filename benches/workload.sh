@@ -40,6 +40,11 @@ replay() {
 # Anonymous memory, kB: what is not a file's.
 memory() { awk '/RssAnon/ { print $2 }' "/proc/$server/status"; }
 
+{
+  echo "$(date -u +%FT%TZ) commit $(git rev-parse --short HEAD):$parts"
+  lscpu | grep -E 'Model name|^CPU\(s\)'
+} >>"$run/machine.txt"
+
 mkdir "$state/keys" "$state/files" "$state/traces"
 export OPENLORA_MODEL_PATH=$model OPENLORA_ADAPTERS_DATA_DIR=$state/adapters OPENLORA_ADAPTERS_ALLOWED_ROOTS=$state/files \
   OPENLORA_SERVER_KEYS_FILE=$state/keys.json OPENLORA_SERVER_GRPC_ADDR=127.0.0.1:0 OPENLORA_SERVER_HTTP_ADDR=127.0.0.1:0 \
