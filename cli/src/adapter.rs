@@ -11,7 +11,7 @@ use openlora_adapters::{Inspection, inspect_folder};
 use openlora_model::ModelFiles;
 use openlora_proto::v1::upload_adapter_request::Part;
 use openlora_proto::v1::{
-    Adapter, GetAdapterRequest, GetQuotaRequest, Lineage, ListAdaptersRequest, SetQuotaRequest,
+    Adapter, GetAdapterRequest, GetInfoRequest, GetQuotaRequest, Lineage, ListAdaptersRequest, SetQuotaRequest,
     UnregisterAdapterRequest, UploadAdapterRequest, UploadChunk, UploadHeader,
 };
 use openlora_types::ModelShape;
@@ -284,6 +284,19 @@ async fn ls(global: &Global, args: &LsArgs) -> Result<ExitCode> {
             adapter.tags.join(",")
         );
     }
+    let info = client.server().get_info(GetInfoRequest {}).await.map_err(|status| explain(&status))?.into_inner();
+    println!(
+        "\ndevice: {} adapters in {} of {} pages, {} pages free; samples whose adapter was there {}, was not {}; \
+         loads {}, evictions {}",
+        info.adapters_on_device,
+        info.adapter_pages,
+        info.pages_total,
+        info.pages_free,
+        info.adapter_hits,
+        info.adapter_misses,
+        info.adapter_loads,
+        info.adapter_evictions
+    );
     Ok(ExitCode::SUCCESS)
 }
 

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use openlora_proto::v1::adapters_client::AdaptersClient;
 use openlora_proto::v1::inference_client::InferenceClient;
+use openlora_proto::v1::server_client::ServerClient;
 use tonic::metadata::MetadataValue;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -75,6 +76,10 @@ impl Client {
 
     pub(crate) fn adapters(&self) -> AdaptersClient<Service> {
         AdaptersClient::with_interceptor(self.channel.clone(), self.key.clone())
+    }
+
+    pub(crate) fn server(&self) -> ServerClient<Service> {
+        ServerClient::with_interceptor(self.channel.clone(), self.key.clone())
     }
 }
 

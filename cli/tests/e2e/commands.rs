@@ -31,7 +31,8 @@ fn an_owner_registers_inspects_verifies_and_removes_an_adapter() {
     assert_eq!(added["generation"], inspected["generation"]);
     assert_eq!(added["rank_max"], 8);
     assert_eq!(added["sites"], 60);
-    assert!(text(&server.openlora(&["adapter", "ls"])).contains("admin/cwe"));
+    let listed = text(&server.openlora(&["adapter", "ls"]));
+    assert!(listed.contains("admin/cwe") && listed.contains("device: 0 adapters in 0 of"), "{listed}");
     let verified = server.openlora(&["adapter", "verify", folder, "--alias", "admin/cwe"]);
     assert!(text(&verified).contains("serves exactly this"));
     let other = fixtures().join("golden/trained/wordnet-r8");

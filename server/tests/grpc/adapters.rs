@@ -79,6 +79,10 @@ async fn an_adapter_lives_from_its_registration_to_its_end() {
 
     let found = owner.get(wire::GetAdapterRequest { alias: owned("b") }).await.expect("found").into_inner();
     assert!(found.on_device && found.in_host_cache);
+    server.until_idle().await;
+    let info = server.info().await;
+    assert_eq!((info.adapters_on_device, info.adapter_loads, info.adapter_evictions), (1, 1, 0), "{info:?}");
+    assert_eq!((info.adapter_hits, info.adapter_misses), (2, 1), "{info:?}");
     let pin = wire::PinAdapterRequest { alias: owned("a"), pinned: true };
     assert!(owner.pin(pin).await.expect("pinned").into_inner().pinned);
     let aliased = wire::SetAliasRequest {
