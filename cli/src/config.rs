@@ -270,6 +270,7 @@ mod tests {
     fn the_embedded_default_names_every_limit_with_its_default() {
         let loaded = try_load(None, &[], &[]).unwrap();
         assert_eq!(loaded.config.limits, Limits::default());
+        assert_eq!(crate::serve::engine_config(&loaded.config), openlora_engine::EngineConfig::default());
         assert_eq!(loaded.config.server.keys_file, Path::new("/home/somebody/keys.json"));
     }
 

@@ -210,9 +210,15 @@ fn shift(site: Site, elements: &Elements) -> Result<f32, KernelError> {
     Ok(2.0_f32.powi(exponent))
 }
 
-/// The largest absolute value; NaN where there is one.
+/// The largest absolute value; NaN where there is one: as bits, absolute values are in order and NaN above all.
 fn largest<N: Number>(numbers: &[N]) -> f32 {
-    N::from_magnitude(numbers.iter().fold(N::Bits::default(), |largest, number| largest.max(number.magnitude())))
+    let mut wide = [0.0; PIECE];
+    let largest = numbers.chunks(PIECE).fold(0, |largest: u32, piece| {
+        let wide = &mut wide[..piece.len()];
+        N::widen(piece, wide);
+        wide.iter().fold(largest, |largest, value| largest.max(value.abs().to_bits()))
+    });
+    f32::from_bits(largest)
 }
 
 /// Writes the factors of all sites to their places: A as it is, B transposed.
@@ -269,51 +275,22 @@ fn write_numbers<T: Element, N: Number>(
 
 /// An element of an adapter's file.
 trait Number: Copy + Default {
-    /// Ordered as the absolute values are, NaN above all.
-    type Bits: Ord + Default;
-
-    fn magnitude(self) -> Self::Bits;
-    fn from_magnitude(bits: Self::Bits) -> f32;
     fn widen(from: &[Self], to: &mut [f32]);
 }
 
 impl Number for f32 {
-    type Bits = u32;
-
-    fn magnitude(self) -> u32 {
-        self.abs().to_bits()
-    }
-    fn from_magnitude(bits: u32) -> f32 {
-        Self::from_bits(bits)
-    }
     fn widen(from: &[Self], to: &mut [f32]) {
         to.copy_from_slice(from);
     }
 }
 
 impl Number for f16 {
-    type Bits = u16;
-
-    fn magnitude(self) -> u16 {
-        self.to_bits() & 0x7fff
-    }
-    fn from_magnitude(bits: u16) -> f32 {
-        Self::from_bits(bits).to_f32()
-    }
     fn widen(from: &[Self], to: &mut [f32]) {
         from.convert_to_f32_slice(to);
     }
 }
 
 impl Number for bf16 {
-    type Bits = u16;
-
-    fn magnitude(self) -> u16 {
-        self.to_bits() & 0x7fff
-    }
-    fn from_magnitude(bits: u16) -> f32 {
-        Self::from_bits(bits).to_f32()
-    }
     fn widen(from: &[Self], to: &mut [f32]) {
         from.convert_to_f32_slice(to);
     }
