@@ -10,4 +10,5 @@ pub mod load;
 pub mod register;
 pub mod replay;
 pub mod stats;
+pub mod timed;
 pub mod trace;

@@ -203,7 +203,8 @@ fn lora_rate(machine: &Machine, name: &str, adapters: usize, rows: usize, rank: 
         || other.iter_mut().for_each(|x| *x += 1),
         |layer| {
             let adapt = Adapt { sites: &spans[layer], lora: LoraRows { segments: &segments }, bias: None };
-            apply(&machine.pool, machine.isa, adapt, &x, &mut out, &mut scratch);
+            apply(&machine.pool, machine.isa, adapt, &x, &mut out, &mut scratch)
+                .expect("pages that are the adapters' own");
         },
     );
     let elements = LAYERS * rank * (2 * HIDDEN + HIDDEN + KV);

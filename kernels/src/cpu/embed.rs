@@ -94,7 +94,7 @@ pub fn embed(
     assert_eq!(out.width(), table.hidden, "width of the embedding");
     out.set_rows(tokens.len());
     let ranks = |segment: &LoraSegment<'_, CpuAdapter>| {
-        segment.adapter.and_then(CpuAdapter::embedding).map_or(0, |site| site.rank)
+        segment.adapter.and_then(CpuAdapter::embedding).map_or(0, |site| site.rank())
     };
     let rank_max = lora.segments.iter().map(ranks).max().unwrap_or(0);
     if scratch.shrunk.len() < tokens.len() * rank_max {
@@ -154,20 +154,24 @@ fn adapt<S: Simd, T: Element>(
     shrunk: &mut [f32],
     out: &mut [f32],
 ) {
-    assert!(token < site.inputs && out.len() == site.outputs, "{}: shape", Site { layer: 0, module: Module::Embed });
-    let shrunk = &mut shrunk[..site.rank];
+    assert!(
+        token < site.inputs() && out.len() == site.outputs(),
+        "{}: shape",
+        Site { layer: 0, module: Module::Embed }
+    );
+    let shrunk = &mut shrunk[..site.rank()];
     let a = adapter.a::<T>(site, token);
     let token = token - a.columns().start;
     let mut first = 0;
-    while first < site.rank {
+    while first < site.rank() {
         let (count, rows) = a.run(first);
         for (value, row) in shrunk[first..first + count].iter_mut().zip(rows.chunks_exact(a.width())) {
-            *value = row[token].to_f32() * site.scale;
+            *value = row[token].to_f32() * site.scale();
         }
         first += count;
     }
     let mut first = 0;
-    while first < site.outputs {
+    while first < site.outputs() {
         let b = adapter.b::<T>(site, first);
         let columns = b.columns();
         first = columns.end;

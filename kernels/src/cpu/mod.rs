@@ -4,6 +4,7 @@
 //! ([`isa`]) first. Weights are repacked at load ([`pack`]) into panels that the kernels of [`linear`] read from end to end.
 //! docs/cpu.md explains the layout and what bounds each shape.
 
+mod ahead;
 pub mod attention;
 pub mod ceilings;
 pub mod embed;
@@ -220,20 +221,27 @@ impl Backend for Cpu {
         x: &CpuTensor,
         out: &mut CpuTensor,
     ) -> Result<(), KernelError> {
-        check_adapters(lora)?;
         let scratch = &mut *self.scratch();
-        linear::multiply(&self.pool, self.isa, linear, x, out, &mut scratch.activations)?;
         // DoRA scales W x + s B A x before the bias is added, so with it among the adapters the bias comes last.
         let bias = linear.bias.as_deref();
         let bias_last = bias.filter(|_| lora::rescales(&linear.sites, *lora));
-        if let Some(bias) = bias
-            && bias_last.is_none()
-        {
-            linear::add_bias(&self.pool, bias, out);
-        }
         let adapt = Adapt { sites: &linear.sites, lora: *lora, bias: bias_last };
-        lora::apply(&self.pool, self.isa, adapt, x, out, &mut scratch.lora);
-        self.pool.check()
+        let (pool, isa, activations) = (&self.pool, self.isa, &mut scratch.activations);
+        lora::planned(pool, isa, adapt, x, &mut scratch.lora, |planned| {
+            match &planned {
+                Some(planned) => linear::multiply(pool, isa, linear, x, out, activations, planned)?,
+                None => linear::multiply(pool, isa, linear, x, out, activations, &())?,
+            }
+            if let Some(bias) = bias
+                && bias_last.is_none()
+            {
+                linear::add_bias(pool, bias, out);
+            }
+            if let Some(planned) = planned {
+                planned.expand(out);
+            }
+            pool.check()
+        })
     }
 
     fn rope_and_store(

@@ -50,10 +50,29 @@ struct Shared {
     pending: AtomicUsize,
     /// Which workers are parked or about to.
     parked: Vec<AtomicBool>,
-    /// What each worker of [`Pool::run_shares`] has left.
-    shares: Vec<Share>,
+    /// What each worker of [`Pool::run_shares`] has left of each work.
+    shares: Vec<[Share; WORKS_MAX]>,
     poisoned: AtomicBool,
     message: Mutex<Option<String>>,
+}
+
+/// Works of one [`Pool::run_shares`].
+const WORKS_MAX: usize = 2;
+
+/// Work that is cut into numbered parts, for [`Pool::run_shares`].
+pub struct Work<'a> {
+    /// A worker's parts. They must not overlap with others'.
+    pub share: &'a (dyn Fn(usize) -> Range<usize> + Sync),
+    /// How many neighbouring parts are taken at a time.
+    pub run: usize,
+    /// Does some parts: called with the worker and the parts.
+    pub task: &'a (dyn Fn(usize, Range<usize>) + Sync),
+}
+
+impl std::fmt::Debug for Work<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Work").field("run", &self.run).finish_non_exhaustive()
+    }
 }
 
 /// What is left of one worker's share: alone on its cache line, because every worker counts its own up all the time.
@@ -106,7 +125,7 @@ impl Pool {
             task: UnsafeCell::new(None),
             pending: AtomicUsize::new(0),
             parked: (0..threads).map(|_| AtomicBool::new(false)).collect(),
-            shares: (0..threads).map(|_| Share::default()).collect(),
+            shares: (0..threads).map(|_| Default::default()).collect(),
             poisoned: AtomicBool::new(false),
             message: Mutex::new(None),
         });
@@ -140,31 +159,29 @@ impl Pool {
         self.run_in_turn(task);
     }
 
-    /// Calls `task(worker, parts)` until all parts are done, each once: every worker begins with its own `share(worker)`, in
-    /// runs of at most `run` neighbours, and then takes over from others what they have not begun. Shares must not overlap.
-    /// Panics as for [`Pool::run`].
+    /// Does all parts of all works, each once. A worker begins with its own share of the first, then takes over from others
+    /// what they have not begun, and goes on with the next work without waiting for anybody. Panics as for [`Pool::run`].
     ///
     /// # Panics
-    /// When called from inside a task of a pool, or when `run` is 0.
-    pub fn run_shares(
-        &self,
-        share: &dyn Fn(usize) -> Range<usize>,
-        run: usize,
-        task: &(dyn Fn(usize, Range<usize>) + Sync),
-    ) {
-        assert!(run > 0, "runs of no parts");
+    /// When called from inside a task of a pool, when a run is 0, or when there are more works than [`WORKS_MAX`].
+    pub fn run_shares(&self, works: &[Work<'_>]) {
+        assert!(works.len() <= WORKS_MAX && works.iter().all(|work| work.run > 0), "{works:?}");
         let _turn = self.turn();
         // Published to the workers with the operation's epoch.
         for (worker, left) in self.shared.shares.iter().enumerate() {
-            let share = share(worker);
-            left.next.store(share.start, Ordering::Relaxed);
-            left.end.store(share.end, Ordering::Relaxed);
+            for (work, left) in works.iter().zip(left) {
+                let share = (work.share)(worker);
+                left.next.store(share.start, Ordering::Relaxed);
+                left.end.store(share.end, Ordering::Relaxed);
+            }
         }
         self.run_in_turn(&|worker| {
             let shares = &self.shared.shares;
-            for from in (worker..shares.len()).chain(0..worker) {
-                while let Some(parts) = shares[from].take(run) {
-                    task(worker, parts);
+            for (number, work) in works.iter().enumerate() {
+                for from in (worker..shares.len()).chain(0..worker) {
+                    while let Some(parts) = shares[from][number].take(work.run) {
+                        (work.task)(worker, parts);
+                    }
                 }
             }
         });
@@ -387,7 +404,8 @@ mod tests {
                 for late in 0..threads {
                     let done: Vec<AtomicUsize> = (0..all).map(|_| AtomicUsize::new(0)).collect();
                     let by = AtomicUsize::new(0);
-                    pool.run_shares(&|worker| pool.split(all, worker), run, &|worker, parts| {
+                    let second: Vec<AtomicUsize> = (0..3).map(|_| AtomicUsize::new(0)).collect();
+                    let first = |worker, parts: Range<usize>| {
                         assert!(parts.len() <= run);
                         for part in parts {
                             done[part].fetch_add(1, Ordering::Relaxed);
@@ -396,8 +414,16 @@ mod tests {
                             by.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(std::time::Duration::from_micros(200));
                         }
-                    });
-                    assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
+                    };
+                    pool.run_shares(&[
+                        Work { share: &|worker| pool.split(all, worker), run, task: &first },
+                        Work {
+                            share: &|worker| pool.split(3, worker),
+                            run: 1,
+                            task: &|_, parts| parts.for_each(|part| _ = second[part].fetch_add(1, Ordering::Relaxed)),
+                        },
+                    ]);
+                    assert!(done.iter().chain(&second).all(|done| done.load(Ordering::Relaxed) == 1));
                     if threads > 1 && all == 1000 {
                         assert!(by.load(Ordering::Relaxed) < 1000 / threads, "nobody took over from {late}");
                     }

@@ -2,14 +2,21 @@
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use bytemuck::{Pod, Zeroable};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapRaw};
 
 use crate::KernelError;
 
-/// A huge page; buffers from this size on are [`mapped`].
+/// A huge page.
 const HUGE: usize = 2 << 20;
+/// Buffers from this size on lie in huge pages: what a step reads of smaller ones needs few translations.
+const REGION_FROM: usize = 64 << 10;
+/// Of a region that buffers share. The matrices of a small model are smaller than a huge page each.
+const REGION_BYTES: usize = 16 * HUGE;
+/// Buffers from this size on have a region of their own.
+const REGION_OF_ITS_OWN: usize = REGION_BYTES / 4;
 
 /// `bytes` zeros in a mapping of their own, and where they start in it. They start on a huge page and, when there is enough
 /// of them, ask for huge pages: weights are read once a step from end to end, and with 4 KiB pages the translation misses
@@ -44,7 +51,38 @@ pub struct Aligned<T: Pod> {
 
 enum Memory {
     Heap(Box<[Line]>),
-    Mapped { map: MmapMut, offset: usize },
+    Region { region: Arc<Region>, start: usize },
+}
+
+/// Huge pages, of which every byte belongs to one buffer at most. Their memory is given back when the last of the buffers is.
+struct Region {
+    memory: MmapRaw,
+}
+
+/// The region that takes the next buffers, and how far it is taken.
+static OPEN: Mutex<(Weak<Region>, usize)> = Mutex::new((Weak::new(), 0));
+
+impl Region {
+    /// A part of `bytes` zeros that nobody else has: the region and where the part starts in it.
+    fn part(bytes: usize, what: &'static str) -> Result<(Arc<Self>, usize), KernelError> {
+        if bytes >= REGION_OF_ITS_OWN {
+            let (memory, start) = mapped(bytes, what)?;
+            return Ok((Arc::new(Self { memory: memory.into() }), start));
+        }
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let (region, taken) = &mut *open;
+        if let Some(region) = region.upgrade()
+            && region.memory.len() - *taken >= bytes
+        {
+            let start = *taken;
+            *taken = (start + bytes).next_multiple_of(size_of::<Line>());
+            return Ok((region, start));
+        }
+        let (memory, start) = mapped(REGION_BYTES, what)?;
+        let new = Arc::new(Self { memory: memory.into() });
+        (*region, *taken) = (Arc::downgrade(&new), (start + bytes).next_multiple_of(size_of::<Line>()));
+        Ok((new, start))
+    }
 }
 
 impl<T: Pod> Aligned<T> {
@@ -55,11 +93,11 @@ impl<T: Pod> Aligned<T> {
     pub fn zeroed(len: usize, what: &'static str) -> Result<Self, KernelError> {
         let out_of_memory = || KernelError::OutOfMemory { what, bytes: len.saturating_mul(size_of::<T>()) };
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(out_of_memory)?;
-        let memory = if bytes < HUGE {
+        let memory = if bytes < REGION_FROM {
             Memory::Heap(vec![Line::zeroed(); bytes.div_ceil(size_of::<Line>())].into_boxed_slice())
         } else {
-            let (map, offset) = mapped(bytes, what)?;
-            Memory::Mapped { map, offset }
+            let (region, start) = Region::part(bytes, what)?;
+            Memory::Region { region, start }
         };
         Ok(Self { memory, len, element: PhantomData })
     }
@@ -75,10 +113,13 @@ impl<T: Pod> Deref for Aligned<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
         let bytes: &[u8] = match &self.memory {
-            Memory::Heap(lines) => bytemuck::cast_slice(lines),
-            Memory::Mapped { map, offset } => &map[*offset..],
+            Memory::Heap(lines) => &bytemuck::cast_slice(lines)[..self.byte_len()],
+            // SAFETY: the part is within its region, initialised since it was mapped, and this buffer's alone.
+            Memory::Region { region, start } => unsafe {
+                std::slice::from_raw_parts(region.memory.as_ptr().add(*start), self.byte_len())
+            },
         };
-        bytemuck::cast_slice(&bytes[..self.len * size_of::<T>()])
+        bytemuck::cast_slice(bytes)
     }
 }
 
@@ -86,10 +127,13 @@ impl<T: Pod> DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         let length = self.byte_len();
         let bytes: &mut [u8] = match &mut self.memory {
-            Memory::Heap(lines) => bytemuck::cast_slice_mut(lines),
-            Memory::Mapped { map, offset } => &mut map[*offset..],
+            Memory::Heap(lines) => &mut bytemuck::cast_slice_mut(lines)[..length],
+            // SAFETY: as above, and self is borrowed mutably.
+            Memory::Region { region, start } => unsafe {
+                std::slice::from_raw_parts_mut(region.memory.as_mut_ptr().add(*start), length)
+            },
         };
-        bytemuck::cast_slice_mut(&mut bytes[..length])
+        bytemuck::cast_slice_mut(bytes)
     }
 }
 
@@ -191,13 +235,30 @@ mod tests {
 
     #[test]
     fn buffers_are_zeroed_and_aligned_whatever_their_size() {
-        for len in [0, 1, 100, HUGE / 4, HUGE / 4 + 1] {
+        let mut kept = Vec::new();
+        for len in [0, 1, 100, REGION_FROM / 4, HUGE / 4, HUGE / 4 + 1, REGION_OF_ITS_OWN / 4, REGION_BYTES] {
             let mut buffer = Aligned::<f32>::zeroed(len, "test").expect("memory");
             assert_eq!((buffer.len(), buffer.byte_len()), (len, len * 4));
             assert!(len == 0 || buffer.as_ptr().addr().is_multiple_of(64));
             assert!(buffer.iter().all(|value| *value == 0.0));
-            buffer.fill(1.0);
+            buffer.fill(len as f32);
+            kept.push(buffer);
         }
+        assert!(kept.iter().all(|buffer| buffer.iter().all(|value| *value == buffer.len() as f32)), "none overlap");
+    }
+
+    #[test]
+    fn a_region_is_filled_and_outlived_by_its_buffers() {
+        let buffers: Vec<_> = (0..200_u32)
+            .map(|i| {
+                let mut buffer = Aligned::<u32>::zeroed(60_000 + i as usize, "test").expect("memory");
+                assert!(buffer.iter().all(|value| *value == 0));
+                buffer.fill(i);
+                buffer
+            })
+            .collect();
+        let odd = buffers.into_iter().enumerate().filter(|(i, _)| i % 2 == 1).collect::<Vec<_>>();
+        assert!(odd.iter().all(|(i, buffer)| buffer.iter().all(|value| *value as usize == *i)));
     }
 
     #[test]

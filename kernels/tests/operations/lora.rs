@@ -198,7 +198,7 @@ impl World {
         let adapt = Adapt { sites: &self.spans, lora, bias: deferred };
         let mut scratch = LoraScratch::default();
         scratch.reserve(rows.len(), 3 * 256);
-        apply(pool, isa, adapt, &x, &mut out, &mut scratch);
+        apply(pool, isa, adapt, &x, &mut out, &mut scratch).expect("pages that are the adapters' own");
         pool.check().expect("no thread panicked");
         out.values().to_vec()
     }

@@ -15,6 +15,7 @@ use std::arch::x86_64::*;
 
 use super::Tile;
 use super::activations::{ActivationBlock, GROUP, Group, SECOND_STEPS, SMALLEST};
+use crate::cpu::ahead::Ahead;
 use crate::cpu::pack::{BLOCK, PANEL, Q4_BLOCK_BYTES, Q8_CODES, Q8_PAIR_BYTES};
 
 /// Calls `$kernel::<R>` with R the number of rows.
@@ -38,10 +39,10 @@ macro_rules! by_rows {
 /// # Safety
 /// The processor has AVX-512 F, BW, DQ, VL and VNNI, AVX2, FMA and F16C.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn q4(panel: &[u8], activations: Group<'_>, rows: usize, out: &mut Tile) {
+pub(super) unsafe fn q4(panel: &[u8], activations: Group<'_>, rows: usize, ahead: Ahead, out: &mut Tile) {
     assert!((1..=GROUP).contains(&rows) && panel.len() >= activations.blocks.len() * Q4_BLOCK_BYTES);
     // SAFETY: the panel has a block for every block of activations.
-    unsafe { by_rows!(rows, q4_rows(panel.as_ptr(), activations, out)) }
+    unsafe { by_rows!(rows, q4_rows(panel.as_ptr(), activations, ahead, out)) }
 }
 
 /// As [`q4`], on a Q8 panel.
@@ -49,11 +50,11 @@ pub(super) unsafe fn q4(panel: &[u8], activations: Group<'_>, rows: usize, out: 
 /// # Safety
 /// As for [`q4`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn q8(panel: &[u8], activations: Group<'_>, rows: usize, out: &mut Tile) {
+pub(super) unsafe fn q8(panel: &[u8], activations: Group<'_>, rows: usize, ahead: Ahead, out: &mut Tile) {
     let (pairs, single) = (activations.blocks.len() / 2, activations.blocks.len() % 2);
     assert!((1..=GROUP).contains(&rows) && panel.len() >= pairs * Q8_PAIR_BYTES + single * (64 + Q8_CODES));
     // SAFETY: the panel has a block for every block of activations.
-    unsafe { by_rows!(rows, q8_rows(panel.as_ptr(), activations, out)) }
+    unsafe { by_rows!(rows, q8_rows(panel.as_ptr(), activations, ahead, out)) }
 }
 
 /// As [`q4`], on an f32 panel and at most [`GROUP`] f32 rows of `inputs` elements.
@@ -105,10 +106,12 @@ unsafe fn load_f16(bytes: *const u8) -> __m512 {
 /// # Safety
 /// `panel` points at `activations.blocks.len()` Q4 blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: Group<'_>, out: &mut Tile) {
+unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: Group<'_>, mut ahead: Ahead, out: &mut Tile) {
     let low_half = _mm512_set1_epi8(15);
     let mut sums = [_mm512_setzero_ps(); R];
     for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
+        ahead.near.ask_near();
+        ahead.far.ask_far();
         // SAFETY: the caller promises a block of 320 bytes for every block of activations.
         let weights = unsafe { panel.add(block * Q4_BLOCK_BYTES) };
         let mut dots = [_mm512_setzero_si512(); R];
@@ -159,9 +162,11 @@ unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: Group<'_>, out:
 /// # Safety
 /// `panel` points at `activations.blocks.len()` Q8 blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn q8_rows<const R: usize>(panel: *const u8, activations: Group<'_>, out: &mut Tile) {
+unsafe fn q8_rows<const R: usize>(panel: *const u8, activations: Group<'_>, mut ahead: Ahead, out: &mut Tile) {
     let mut sums = [_mm512_setzero_ps(); R];
     for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
+        ahead.near.ask_near();
+        ahead.far.ask_far();
         // SAFETY: the caller promises that the panel holds this block: its scales and its codes.
         let (scales, codes) = unsafe {
             let pair = panel.add(block / 2 * Q8_PAIR_BYTES);

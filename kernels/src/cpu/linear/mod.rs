@@ -15,8 +15,9 @@ mod portable;
 
 use std::ops::Range;
 
+use super::ahead::{Ahead, Reads, Stream};
 use super::pack::{BLOCK, PANEL, PanelFormat, Panels, Part};
-use super::pool::{Disjoint, Pool};
+use super::pool::{Disjoint, Pool, Work};
 use super::{CpuTensor, Isa};
 use crate::{KernelError, LinearSpec, Precision, SiteSpan};
 use activations::{ActivationBlock, Activations, GROUP, Group};
@@ -34,6 +35,28 @@ const BANDWIDTH_BOUND_ROWS: usize = 4;
 /// From this many groups of rows on, the next panel is asked for while one is multiplied. With fewer, reading a panel is most
 /// of the work, and it goes fastest as one plain stream.
 const MANY_GROUPS: usize = 2;
+
+/// What is done beside a multiplication, by the same threads: work on the same x.
+pub trait Beside: Sync {
+    /// `worker`'s pieces of the work, disjoint from others'.
+    fn share(&self, worker: usize) -> Range<usize>;
+    /// Does these pieces.
+    fn run(&self, pieces: Range<usize>);
+    /// Part `part` of `parts` of what `worker` will read, for its share and after the multiplication, and about how many bytes
+    /// that is: it is asked for while the worker multiplies, which leaves most of the memory's bandwidth unused.
+    fn reads(&self, worker: usize, part: Range<usize>, parts: usize) -> (usize, impl Iterator<Item = &[u8]>);
+}
+
+/// Nothing beside.
+impl Beside for () {
+    fn share(&self, _: usize) -> Range<usize> {
+        0..0
+    }
+    fn run(&self, _: Range<usize>) {}
+    fn reads(&self, _: usize, _: Range<usize>, _: usize) -> (usize, impl Iterator<Item = &[u8]>) {
+        (0, std::iter::empty())
+    }
+}
 
 /// A loaded (fused) linear.
 #[derive(Debug)]
@@ -69,7 +92,7 @@ impl CpuLinear {
     }
 }
 
-/// `out = x W^T`, without bias: `x: [rows, inputs]`, `out: [rows, outputs]`.
+/// `out = x W^T`, without bias: `x: [rows, inputs]`, `out: [rows, outputs]`. `beside` has been done as well when it returns.
 ///
 /// # Errors
 /// [`KernelError::OutOfMemory`] when `scratch` had not room for the rows and cannot get it.
@@ -83,6 +106,7 @@ pub fn multiply(
     x: &CpuTensor,
     out: &mut CpuTensor,
     scratch: &mut Activations,
+    beside: &impl Beside,
 ) -> Result<(), KernelError> {
     let panels = &linear.panels;
     assert_eq!((x.width(), out.width()), (panels.inputs, panels.outputs), "[inputs, outputs] of a linear");
@@ -97,12 +121,27 @@ pub fn multiply(
     let passes = groups.div_ceil((PASS_BYTES / operands.group_bytes()).max(1));
     let all = panels.parts.last().map_or(0, |part| part.panels.end);
     let run = (all / pool.threads() / RUNS).max(1);
+    let share = |worker| worker_panels(&panels.parts, rows, worker, pool.threads());
     for pass in 0..passes {
         let groups = groups * pass / passes..groups * (pass + 1) / passes;
-        pool.run_shares(&|worker| worker_panels(&panels.parts, rows, worker, pool.threads()), run, &|_, range| {
+        let is_last = pass + 1 == passes;
+        let task = |worker, range: Range<usize>| {
+            let mine = share(worker);
+            // What was taken over from another worker is none of this one's parts.
+            let is_mine = mine.start <= range.start && range.end <= mine.end;
+            let part = if is_last && is_mine { range.start - mine.start..range.end - mine.start } else { 0..0 };
+            let (bytes, reads) = beside.reads(worker, part, mine.len().max(1));
+            let mut reads = Reads::new(reads, bytes.div_ceil(range.len() * groups.len()));
             // SAFETY: every panel is in one range.
-            unsafe { operands.multiply_panels(range, groups.clone(), &out) };
-        });
+            unsafe { operands.multiply_panels(range, groups.clone(), &out, &mut || reads.next()) };
+        };
+        let multiply = Work { share: &share, run, task: &task };
+        if is_last {
+            let beside = Work { share: &|worker| beside.share(worker), run: 1, task: &|_, pieces| beside.run(pieces) };
+            pool.run_shares(&[multiply, beside]);
+        } else {
+            pool.run_shares(&[multiply]);
+        }
     }
     Ok(())
 }
@@ -160,10 +199,17 @@ impl Operands<'_> {
     }
 
     /// # Safety
-    /// No other thread writes the columns of `range`'s panels in `out` at the same time.
-    unsafe fn multiply_panels(&self, range: Range<usize>, groups: Range<usize>, out: &Disjoint<'_, f32>) {
+    /// No other thread writes the columns of `range`'s panels in `out` at the same time. `reads` gives what to ask for beside each tile.
+    unsafe fn multiply_panels<'b>(
+        &self,
+        range: Range<usize>,
+        groups: Range<usize>,
+        out: &Disjoint<'_, f32>,
+        reads: &mut dyn FnMut() -> &'b [u8],
+    ) {
         let (rows, outputs) = (self.x.rows(), self.panels.outputs);
         let mut tile: Tile = [[0.0; PANEL]; GROUP];
+        let blocks = self.panels.inputs.div_ceil(BLOCK);
         for part in &self.panels.parts {
             for number in range.start.max(part.panels.start)..range.end.min(part.panels.end) {
                 let panel = self.panels.panel(part, number);
@@ -172,12 +218,14 @@ impl Operands<'_> {
                 let after = self.panels.after(part, number);
                 for group in groups.clone() {
                     let (done, all) = (group - groups.start, groups.len());
-                    if all >= MANY_GROUPS {
-                        prefetch(&after[after.len() * done / all..after.len() * (done + 1) / all]);
-                    }
+                    let near = match all >= MANY_GROUPS {
+                        true => &after[after.len() * done / all..after.len() * (done + 1) / all],
+                        false => &[],
+                    };
+                    let ahead = Ahead { near: Stream::new(near, blocks), far: Stream::new(reads(), blocks) };
                     let first = group * GROUP;
                     let in_group = GROUP.min(rows - first);
-                    self.multiply_tile(part.format, panel, first..first + in_group, &mut tile);
+                    self.multiply_tile(part.format, panel, first..first + in_group, ahead, &mut tile);
                     for (row, values) in (first..).zip(&tile[..in_group]) {
                         let start = row * outputs + column;
                         // SAFETY: these columns are this worker's alone, as the caller promises.
@@ -189,11 +237,12 @@ impl Operands<'_> {
     }
 
     /// One panel times rows `rows` of one group.
-    fn multiply_tile(&self, format: PanelFormat, panel: &[u8], rows: Range<usize>, tile: &mut Tile) {
+    fn multiply_tile(&self, format: PanelFormat, panel: &[u8], rows: Range<usize>, ahead: Ahead, tile: &mut Tile) {
         match format {
-            PanelFormat::Q4 => q4(self.isa, panel, self.activations.group(rows.start / GROUP), rows.len(), tile),
-            PanelFormat::Q8 => q8(self.isa, panel, self.activations.group(rows.start / GROUP), rows.len(), tile),
+            PanelFormat::Q4 => q4(self.isa, panel, self.activations.group(rows.start / GROUP), rows.len(), ahead, tile),
+            PanelFormat::Q8 => q8(self.isa, panel, self.activations.group(rows.start / GROUP), rows.len(), ahead, tile),
             PanelFormat::F32 => {
+                ahead.ask(self.panels.inputs.div_ceil(BLOCK));
                 let inputs = self.panels.inputs;
                 let x = &self.x.values()[rows.start * inputs..rows.end * inputs];
                 f32(self.isa, bytemuck::cast_slice(panel), x, inputs, tile);
@@ -202,22 +251,14 @@ impl Operands<'_> {
     }
 }
 
-/// Asks for bytes that will be read soon. While a panel is multiplied with many rows its successor comes from memory; the
-/// processor's own prefetching sees it only once it is being read.
-fn prefetch(bytes: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every x86-64 processor has the instruction, and it has no effect that a program can observe.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+fn q4(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, ahead: Ahead, tile: &mut Tile) {
+    if isa != Isa::Avx512Vnni {
+        ahead.ask(activations.blocks.len());
     }
-}
-
-fn q4(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, tile: &mut Tile) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an Isa above portable exists only where the processor has it.
-        Isa::Avx512Vnni => unsafe { avx512::q4(panel, activations, rows, tile) },
+        Isa::Avx512Vnni => unsafe { avx512::q4(panel, activations, rows, ahead, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { avx2::q4(panel, activations, rows, tile) },
@@ -225,11 +266,14 @@ fn q4(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, tile: &mut Ti
     }
 }
 
-fn q8(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, tile: &mut Tile) {
+fn q8(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, ahead: Ahead, tile: &mut Tile) {
+    if isa != Isa::Avx512Vnni {
+        ahead.ask(activations.blocks.len());
+    }
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an Isa above portable exists only where the processor has it.
-        Isa::Avx512Vnni => unsafe { avx512::q8(panel, activations, rows, tile) },
+        Isa::Avx512Vnni => unsafe { avx512::q8(panel, activations, rows, ahead, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { avx2::q8(panel, activations, rows, tile) },

@@ -8,7 +8,7 @@ use super::super::pages::CpuPageSet;
 use super::super::vector_math::Element;
 use super::Rows;
 use super::placement::{FactorPlace, Placement};
-use crate::{KernelError, Precision};
+use crate::{KernelError, Precision, SiteSpan};
 
 /// One adapter generation, resident: per site the rows of A, `[rank][inputs]`, then the rows of B transposed,
 /// `[rank][outputs]`, so that what belongs to one rank is contiguous, in pages of the pool ([`super::placement`]).
@@ -20,31 +20,71 @@ use crate::{KernelError, Precision};
 pub struct CpuAdapter {
     /// By [`Site::index`].
     sites: Vec<Option<SiteFactors>>,
+    /// Bit `module as u32`: some layer has a site of this module.
+    modules: u32,
     pages: CpuPageSet,
     /// Bytes of the factors.
     factor_bytes: usize,
     pub(in super::super) precision: Precision,
 }
 
-/// One site's sizes, and where its factors are.
+/// One site's sizes, and where its factors are. Small, as [`FactorPlace`] says.
 #[derive(Debug)]
 pub(in super::super) struct SiteFactors {
-    pub(in super::super) rank: usize,
-    pub(in super::super) inputs: usize,
-    pub(in super::super) outputs: usize,
-    /// alpha / r (or / sqrt r), and the inverse of the powers of two in the factors.
-    pub(in super::super) scale: f32,
     /// A's rows.
     a: FactorPlace,
     /// B's transposed rows.
     b: FactorPlace,
-    /// `[outputs]`: alpha / r times B's bias.
-    pub(in super::super) b_bias: Option<Vec<f32>>,
-    /// `[outputs]`: DoRA's `m / ||W + scale B A||`.
-    pub(in super::super) output_scale: Option<Vec<f32>>,
+    /// alpha / r (or / sqrt r), and the inverse of the powers of two in the factors.
+    scale: f32,
+    vectors: Option<Box<SiteVectors>>,
 }
 
+/// What few adapters have.
+#[derive(Debug)]
+struct SiteVectors {
+    /// `[outputs]`: alpha / r times B's bias.
+    b_bias: Option<Vec<f32>>,
+    /// `[outputs]`: DoRA's `m / ||W + scale B A||`.
+    output_scale: Option<Vec<f32>>,
+}
+
+const _: () = assert!(size_of::<Option<SiteFactors>>() <= 72);
+
 impl SiteFactors {
+    #[inline(always)]
+    pub(in super::super) fn rank(&self) -> usize {
+        self.a.rows()
+    }
+
+    #[inline(always)]
+    pub(in super::super) fn inputs(&self) -> usize {
+        self.a.len()
+    }
+
+    #[inline(always)]
+    pub(in super::super) fn outputs(&self) -> usize {
+        self.b.len()
+    }
+
+    /// Multiplies `A x`.
+    #[inline(always)]
+    pub(in super::super) fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// `[outputs]`: alpha / r times B's bias.
+    #[inline(always)]
+    pub(in super::super) fn b_bias(&self) -> Option<&[f32]> {
+        self.vectors.as_ref()?.b_bias.as_deref()
+    }
+
+    /// `[outputs]`: DoRA's `m / ||W + scale B A||`.
+    #[inline(always)]
+    pub(in super::super) fn output_scale(&self) -> Option<&[f32]> {
+        self.vectors.as_ref()?.output_scale.as_deref()
+    }
+
     /// Outputs of a strip of B; all of them for most sites.
     #[inline(always)]
     pub(super) fn output_strip(&self) -> usize {
@@ -99,18 +139,16 @@ impl CpuAdapter {
             weights.sites.iter().zip(output_scales).zip(shifts).zip(placement.sites)
         {
             let b_bias = site.b_bias.as_ref().map(|bias| bias.iter().map(|bias| bias * site.scale).collect());
+            let vectors = SiteVectors { b_bias, output_scale: output_scale.clone() };
             sites[site.site.index(layers)] = Some(SiteFactors {
-                rank: site.rank(),
-                inputs: site.a.cols,
-                outputs: site.b.rows,
-                scale: site.scale / shifts.a / shifts.b,
                 a,
                 b,
-                b_bias,
-                output_scale: output_scale.clone(),
+                scale: site.scale / shifts.a / shifts.b,
+                vectors: (vectors.b_bias.is_some() || vectors.output_scale.is_some()).then(|| Box::new(vectors)),
             });
         }
-        Ok(Self { sites, pages, factor_bytes: placement.bytes, precision })
+        let modules = weights.sites.iter().fold(0, |modules, site| modules | 1 << site.site.module as u32);
+        Ok(Self { sites, modules, pages, factor_bytes: placement.bytes, precision })
     }
 
     /// Whether its pages are still its own.
@@ -136,6 +174,12 @@ impl CpuAdapter {
         Rows::new(&self.pages, &site.b, column)
     }
 
+    /// Whether it may have one of these sites, from what every step has at hand.
+    #[inline(always)]
+    pub(super) fn may_have(&self, sites: &[SiteSpan]) -> bool {
+        sites.iter().any(|span| self.modules >> span.site.module as u32 & 1 == 1)
+    }
+
     /// The factors at a site index, if the adapter targets it.
     #[inline(always)]
     pub(in super::super) fn site(&self, index: usize) -> Option<&SiteFactors> {
@@ -152,9 +196,9 @@ impl CpuAdapter {
     /// Bytes held: the factors' in their pages, and the small vectors beside them.
     #[must_use]
     pub fn byte_len(&self) -> usize {
-        let vector = |values: &Option<Vec<f32>>| values.as_ref().map_or(0, |values| values.len() * size_of::<f32>());
-        let vectors: usize =
-            self.sites.iter().flatten().map(|site| vector(&site.b_bias) + vector(&site.output_scale)).sum();
+        let sites = self.sites.iter().flatten();
+        let vectors = sites.flat_map(|site| [site.b_bias(), site.output_scale()]);
+        let vectors: usize = vectors.flatten().map(size_of_val).sum();
         self.factor_bytes + vectors + self.sites.len() * size_of::<Option<SiteFactors>>()
     }
 }
@@ -259,7 +303,7 @@ fn write_numbers<T: Element, N: Number>(
     }
     let (mut piece, mut wide) = ([N::default(); PIECE], [0.0; PIECE]);
     for run in place.runs() {
-        let to = pages.write::<T>(run.page, run.offset, run.rows.len() * place.width());
+        let to = pages.write::<T>(run.page, run.offset * size_of::<T>(), run.rows.len() * place.width());
         for (row, to) in run.rows.zip(to.chunks_exact_mut(place.width())) {
             let mut from = numbers[row * row_stride + run.columns.start * stride..].iter().step_by(stride);
             for to in to[..run.columns.len()].chunks_mut(PIECE) {

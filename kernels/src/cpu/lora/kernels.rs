@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::super::vector_math::{Element, LANES, Simd, load_part, store_part};
+use super::super::vector_math::{Chunk, Element, LANES, Simd, load_part, store_part};
 use super::{Rows, SiteFactors};
 
 /// Rows of numbers, each `stride` after the one before.
@@ -88,11 +88,41 @@ fn shrink_ranks<S: Simd, T: Element, const R: usize, const K: usize>(
 /// All products of `R` rows of x with `K` rows of A. Every product is one chain over the vectors of its row.
 #[inline(always)]
 fn dot<S: Simd, T: Element, const R: usize, const K: usize>(simd: S, x: [&[f32]; R], a: [&[T]; K]) -> [[f32; K]; R] {
-    let x = x.map(|x| x.as_chunks::<LANES>());
-    let a = a.map(|a| a.as_chunks::<LANES>());
-    let chunks = x[0].0.len();
+    let mut lanes = [[[0.0; LANES]; K]; R];
+    let width = x[0].len();
+    dot_chunks(simd, (&x, &a), width / LANES, &mut lanes);
+    let mut products = [[0.0; K]; R];
+    for r in 0..R {
+        for k in 0..K {
+            let mut sum = simd.load(&lanes[r][k]);
+            if !width.is_multiple_of(LANES) {
+                let rest = width - width % LANES;
+                sum = simd.mul_add(load_part(simd, &a[k][rest..]), load_part(simd, &x[r][rest..]), sum);
+            }
+            products[r][k] = simd.sum(sum);
+        }
+    }
+    products
+}
+
+/// [`dot`] for the first `chunks` vectors, before the sum over lanes. By itself and to memory: what follows is long, and a sum
+/// that is indexed there would go to memory and back for every vector.
+#[inline(always)]
+fn dot_chunks<S: Simd, T: Element, const R: usize, const K: usize>(
+    simd: S,
+    (x, a): (&[&[f32]; R], &[&[T]; K]),
+    chunks: usize,
+    lanes: &mut [[Chunk<f32>; K]; R],
+) {
     // Equal lengths, said so that the loop needs no checks.
-    let (x_chunks, a_chunks) = (x.map(|x| &x.0[..chunks]), a.map(|a| &a.0[..chunks]));
+    let mut x_chunks: [&[Chunk<f32>]; R] = [&[]; R];
+    let mut a_chunks: [&[Chunk<T>]; K] = [&[]; K];
+    for r in 0..R {
+        x_chunks[r] = &x[r].as_chunks().0[..chunks];
+    }
+    for k in 0..K {
+        a_chunks[k] = &a[k].as_chunks().0[..chunks];
+    }
     let mut sums = [[simd.splat(0.0); K]; R];
     for i in 0..chunks {
         let mut x = [simd.splat(0.0); R];
@@ -106,16 +136,11 @@ fn dot<S: Simd, T: Element, const R: usize, const K: usize>(simd: S, x: [&[f32];
             }
         }
     }
-    let mut products = [[0.0; K]; R];
     for r in 0..R {
         for k in 0..K {
-            if !x[r].1.is_empty() {
-                sums[r][k] = simd.mul_add(load_part(simd, a[k].1), load_part(simd, x[r].1), sums[r][k]);
-            }
-            products[r][k] = simd.sum(sums[r][k]);
+            simd.store(sums[r][k], &mut lanes[r][k]);
         }
     }
-    products
 }
 
 /// What an expanding loop reads of one site: one strip of B's columns.
@@ -135,12 +160,12 @@ impl<'a, T: Element> Columns<'a, T> {
     #[inline(always)]
     pub(in super::super) fn new(site: &'a SiteFactors, b: Rows<'a, T>, bias: Option<&'a [f32]>) -> Self {
         Self {
-            rank: site.rank,
+            rank: site.rank(),
             first: b.columns().start,
             width: b.width(),
             b,
-            b_bias: site.b_bias.as_deref(),
-            output_scale: site.output_scale.as_deref(),
+            b_bias: site.b_bias(),
+            output_scale: site.output_scale(),
             bias,
         }
     }
@@ -195,37 +220,40 @@ fn expand_columns<S: Simd, T: Element, const R: usize, const C: usize>(
     out: &mut impl Outputs,
 ) -> usize {
     let rows = shrunk.len() / site.rank;
+    let mut lanes = [[[0.0; LANES]; C]; R];
     let mut row = 0;
     while row + R <= rows {
         let z: [&[f32]; R] = std::array::from_fn(|i| &shrunk[(row + i) * site.rank..][..site.rank]);
-        let sums = products::<S, T, R, C>(simd, z, site, place.0);
-        for (i, sums) in sums.iter().enumerate() {
+        products::<S, T, R, C>(simd, z, site, place.0, &mut lanes);
+        for (i, sums) in lanes.iter().enumerate() {
             finish(simd, sums, site, place.0, &mut out.row(row + i)[place.1..][..C * LANES]);
         }
         row += R;
     }
     while row < rows {
-        let [sums] = products::<S, T, 1, C>(simd, [&shrunk[row * site.rank..][..site.rank]], site, place.0);
-        finish(simd, &sums, site, place.0, &mut out.row(row)[place.1..][..C * LANES]);
+        let z = [&shrunk[row * site.rank..][..site.rank]];
+        products::<S, T, 1, C>(simd, z, site, place.0, std::array::from_mut(&mut lanes[0]));
+        finish(simd, &lanes[0], site, place.0, &mut out.row(row)[place.1..][..C * LANES]);
         row += 1;
     }
     C
 }
 
-/// `B z` of `R` rows and `C` vectors of columns from `column` on: for each output one chain over the ranks.
+/// `B z` of `R` rows and `C` vectors of columns from `column` on, to memory as in [`dot_chunks`]: for each output one chain over the
+/// ranks.
 #[inline(always)]
 fn products<S: Simd, T: Element, const R: usize, const C: usize>(
     simd: S,
     z: [&[f32]; R],
     site: &Columns<'_, T>,
     column: usize,
-) -> [[S::V; C]; R] {
+    lanes: &mut [[Chunk<f32>; C]; R],
+) {
     let mut sums = [[simd.splat(0.0); C]; R];
     let column = column - site.first;
     let mut first = 0;
     while first < site.rank {
         let (count, rows) = site.b.run(first);
-        let z = z.map(|z| &z[first..first + count]);
         for k in 0..count {
             let b = rows[k * site.width + column..][..C * LANES].as_chunks::<LANES>().0;
             let mut values = [simd.splat(0.0); C];
@@ -233,7 +261,7 @@ fn products<S: Simd, T: Element, const R: usize, const C: usize>(
                 values[c] = T::load(simd, &b[c]);
             }
             for r in 0..R {
-                let z = simd.splat(z[r][k]);
+                let z = simd.splat(z[r][first + k]);
                 for c in 0..C {
                     sums[r][c] = simd.mul_add(z, values[c], sums[r][c]);
                 }
@@ -241,12 +269,16 @@ fn products<S: Simd, T: Element, const R: usize, const C: usize>(
         }
         first += count;
     }
-    sums
+    for r in 0..R {
+        for c in 0..C {
+            simd.store(sums[r][c], &mut lanes[r][c]);
+        }
+    }
 }
 
 /// Adds one row's products to its output and does what comes after.
 #[inline(always)]
-fn finish<S: Simd, T: Element>(simd: S, sums: &[S::V], site: &Columns<'_, T>, column: usize, out: &mut [f32]) {
+fn finish<S: Simd, T: Element>(simd: S, sums: &[Chunk<f32>], site: &Columns<'_, T>, column: usize, out: &mut [f32]) {
     for (i, (sum, out)) in sums.iter().zip(out.chunks_mut(LANES)).enumerate() {
         let columns = column + i * LANES..column + i * LANES + out.len();
         let mut value = load_part(simd, out);
@@ -254,7 +286,7 @@ fn finish<S: Simd, T: Element>(simd: S, sums: &[S::V], site: &Columns<'_, T>, co
         if let (None, Some(bias)) = (site.output_scale, bias) {
             value = simd.add(value, load_part(simd, bias));
         }
-        value = simd.add(value, *sum);
+        value = simd.add(value, simd.load(sum));
         if let Some(bias) = site.b_bias {
             value = simd.add(value, load_part(simd, &bias[columns.clone()]));
         }
@@ -289,7 +321,9 @@ fn expand_rest<S: Simd, T: Element>(
             }
             first += ranks;
         }
-        finish(simd, &[sum], site, place.0, &mut out.row(row)[place.1..][..count]);
+        let mut lanes = [0.0; LANES];
+        simd.store(sum, &mut lanes);
+        finish(simd, &[lanes], site, place.0, &mut out.row(row)[place.1..][..count]);
     }
     1
 }

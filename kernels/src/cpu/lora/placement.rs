@@ -9,6 +9,7 @@
 //!
 //! One function decides, for who asks how many pages an adapter needs and for who writes it.
 
+use std::num::NonZeroU32;
 use std::ops::Range;
 
 use openlora_types::{AdapterSizes, SiteSize};
@@ -24,20 +25,21 @@ const STRIP_ROWS: usize = 4 * RUN_ROWS;
 
 /// Where the rows of one factor lie, the strips' one after the other: `head` rows from `offset` on in page number `page` of
 /// the adapter's, then `per_page` rows from the start of each following page.
+///
+/// Small, because a step with many adapters looks at two of them for every site and adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FactorPlace {
     /// Of each strip.
-    rows: usize,
+    rows: u32,
     /// Elements of a row over all strips.
-    len: usize,
+    len: NonZeroU32,
     /// Elements from a row to the next. The last strip may have fewer columns.
-    width: usize,
-    row_bytes: usize,
-    page: usize,
-    /// In bytes, on a cache line.
-    offset: usize,
-    head: usize,
-    per_page: usize,
+    width: u32,
+    page: u32,
+    /// In elements; on a cache line.
+    offset: u32,
+    head: u32,
+    per_page: u32,
 }
 
 /// Rows of one strip that follow each other in one page.
@@ -48,39 +50,52 @@ pub(super) struct Run {
     pub(super) columns: Range<usize>,
     /// Number in the adapter's pages.
     pub(super) page: usize,
-    /// In bytes.
+    /// In elements.
     pub(super) offset: usize,
 }
 
 impl FactorPlace {
+    /// Of a strip.
+    #[inline(always)]
+    pub(super) fn rows(&self) -> usize {
+        self.rows as usize
+    }
+
+    /// Elements of a row over all strips.
+    #[inline(always)]
+    pub(super) fn len(&self) -> usize {
+        self.len.get() as usize
+    }
+
     #[inline(always)]
     pub(super) fn strips(&self) -> usize {
-        self.len.div_ceil(self.width)
+        self.len().div_ceil(self.width())
     }
 
     /// Elements from a row of a strip to the next.
     #[inline(always)]
     pub(super) fn width(&self) -> usize {
-        self.width
+        self.width as usize
     }
 
     #[inline(always)]
     fn columns(&self, strip: usize) -> Range<usize> {
-        strip * self.width..self.len.min((strip + 1) * self.width)
+        strip * self.width()..self.len().min((strip + 1) * self.width())
     }
 
     /// From `row` of a strip to the end of its run.
     #[inline(always)]
     fn run(&self, strip: usize, row: usize) -> Run {
+        let (head, per_page, rows) = (self.head as usize, self.per_page as usize, self.rows());
         // Counted over all strips.
-        let first = strip * self.rows + row;
-        let (page, offset, end) = if first < self.head {
-            (self.page, self.offset + first * self.row_bytes, self.head)
+        let first = strip * rows + row;
+        let (page, offset, end) = if first < head {
+            (self.page as usize, self.offset as usize + first * self.width(), head)
         } else {
-            let (page, in_page) = ((first - self.head) / self.per_page, (first - self.head) % self.per_page);
-            (self.page + 1 + page, in_page * self.row_bytes, first - in_page + self.per_page)
+            let (page, in_page) = ((first - head) / per_page, (first - head) % per_page);
+            (self.page as usize + 1 + page, in_page * self.width(), first - in_page + per_page)
         };
-        Run { rows: row..self.rows.min(end - strip * self.rows), columns: self.columns(strip), page, offset }
+        Run { rows: row..rows.min(end - strip * rows), columns: self.columns(strip), page, offset }
     }
 
     /// All rows, strip by strip.
@@ -88,7 +103,7 @@ impl FactorPlace {
         (0..self.strips()).flat_map(move |strip| {
             let mut next = 0;
             std::iter::from_fn(move || {
-                let run = (next < self.rows).then(|| self.run(strip, next))?;
+                let run = (next < self.rows()).then(|| self.run(strip, next))?;
                 next = run.rows.end;
                 Some(run)
             })
@@ -158,7 +173,17 @@ impl Cursor {
         }
         self.offset = end.next_multiple_of(LINE).min(self.page_bytes);
         self.bytes = self.bytes.saturating_add(rows.saturating_mul(len).saturating_mul(self.element_bytes));
-        FactorPlace { rows, len, width, row_bytes, page, offset, head, per_page }
+        // What does not fit needs more pages than there are, and is never written.
+        let small = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        FactorPlace {
+            rows: small(rows),
+            len: NonZeroU32::new(small(len)).unwrap_or(NonZeroU32::MIN),
+            width: small(width),
+            page: small(page),
+            offset: small(offset / self.element_bytes),
+            head: small(head),
+            per_page: small(per_page),
+        }
     }
 
     /// Of the strips of rows of `len` elements: all of them where they fit a page, else whole cache lines, which are whole
@@ -190,9 +215,9 @@ impl<'a, T: Element> Rows<'a, T> {
     #[inline(always)]
     pub(super) fn new(pages: &'a CpuPageSet, place: &'a FactorPlace, column: usize) -> Self {
         // Nearly always in the first, without a division.
-        let strip = if column < place.width { 0 } else { column / place.width };
+        let strip = if column < place.width() { 0 } else { column / place.width() };
         let run = place.run(strip, 0);
-        let head = pages.read(run.page, run.offset, run.rows.len() * place.width);
+        let head = pages.read(run.page, run.offset * size_of::<T>(), run.rows.len() * place.width());
         Self { pages, place, strip, head, head_rows: run.rows.len() }
     }
 
@@ -205,17 +230,17 @@ impl<'a, T: Element> Rows<'a, T> {
     /// Elements from a row to the next, at least as many as there are columns.
     #[inline(always)]
     pub(in super::super) fn width(&self) -> usize {
-        self.place.width
+        self.place.width()
     }
 
     /// The rows from `row` on that follow each other in memory: how many, and they, `[rows][width]`.
     #[inline(always)]
     pub(in super::super) fn run(&self, row: usize) -> (usize, &'a [T]) {
         if row < self.head_rows {
-            return (self.head_rows - row, &self.head[row * self.place.width..]);
+            return (self.head_rows - row, &self.head[row * self.width()..]);
         }
         let run = self.place.run(self.strip, row);
-        (run.rows.len(), self.pages.read(run.page, run.offset, run.rows.len() * self.place.width))
+        (run.rows.len(), self.pages.read(run.page, run.offset * size_of::<T>(), run.rows.len() * self.width()))
     }
 }
 
@@ -238,8 +263,10 @@ mod tests {
     }
 
     /// The runs of all factors as (page, bytes).
-    fn runs(placement: &Placement) -> Vec<(usize, Range<usize>)> {
-        let bytes = |place: &FactorPlace, run: Run| run.offset..run.offset + run.rows.len() * place.row_bytes;
+    fn runs(placement: &Placement, element_bytes: usize) -> Vec<(usize, Range<usize>)> {
+        let bytes = |place: &FactorPlace, run: Run| {
+            run.offset * element_bytes..(run.offset + run.rows.len() * place.width()) * element_bytes
+        };
         let factors = placement.sites.iter().flatten();
         factors.flat_map(|place| place.runs().map(|run| (run.page, bytes(place, run)))).collect()
     }
@@ -251,7 +278,7 @@ mod tests {
         for page_bytes in [64, 128, 192, 320, 1_024, 4_096, 1 << 20] {
             for element_bytes in [2, 4] {
                 let placement = Placement::new(&sizes(&sites), page_bytes, element_bytes);
-                let runs = runs(&placement);
+                let runs = runs(&placement, element_bytes);
                 assert!(runs.iter().all(|(_, bytes)| bytes.start % LINE == 0 && bytes.end <= page_bytes));
                 let in_order = |pair: &[(usize, Range<usize>)]| {
                     let [(page, bytes), (next_page, next_bytes)] = pair else { unreachable!("pairs") };
@@ -260,10 +287,10 @@ mod tests {
                 assert!(runs.windows(2).all(in_order), "{runs:?}");
                 assert_eq!(placement.pages, runs.last().expect("sites").0 + 1);
                 let factors = placement.sites.iter().flatten();
-                let used: usize = factors.clone().map(|place| place.rows * place.len * element_bytes).sum();
+                let used: usize = factors.clone().map(|place| place.rows() * place.len() * element_bytes).sum();
                 assert_eq!(placement.bytes, used);
                 for place in factors {
-                    assert_eq!(place.strips() == 1, place.len * element_bytes <= page_bytes);
+                    assert_eq!(place.strips() == 1, place.len() * element_bytes <= page_bytes);
                     check_runs(place);
                 }
             }
@@ -273,14 +300,14 @@ mod tests {
     /// Whether the runs have every number once, strip by strip, and start at any row.
     fn check_runs(place: &FactorPlace) {
         let mut left = place.runs();
-        for (strip, first) in (0..place.len).step_by(place.width).enumerate() {
-            let columns = first..place.len.min(first + place.width);
+        for (strip, first) in (0..place.len()).step_by(place.width()).enumerate() {
+            let columns = first..place.len().min(first + place.width());
             let mut row = 0;
-            while row < place.rows {
+            while row < place.rows() {
                 let run = left.next().expect("every row has a run");
                 assert_eq!((run.rows.start, &run.columns), (row, &columns));
                 for row in run.rows.clone() {
-                    let offset = run.offset + (row - run.rows.start) * place.row_bytes;
+                    let offset = run.offset + (row - run.rows.start) * place.width();
                     let rest = Run { rows: row..run.rows.end, offset, ..run.clone() };
                     assert_eq!(place.run(strip, row), rest);
                 }
