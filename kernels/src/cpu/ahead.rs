@@ -3,8 +3,9 @@
 //! A processor keeps a dozen or two cache lines in flight. Asked for in one go, more than that wait for each other and the
 //! kernel with them; a few for each block of a tile are on their way while the arithmetic goes on.
 
+/// Asks for what is there to come into the nearest cache.
 #[inline(always)]
-fn near(address: *const u8) {
+pub(super) fn near<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -14,7 +15,7 @@ fn near(address: *const u8) {
 }
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 /// What is asked for while a tile is computed.
 #[derive(Clone, Copy)]

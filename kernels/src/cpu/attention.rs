@@ -91,6 +91,12 @@ impl Item {
     fn spans(&self) -> Range<usize> {
         self.slots.0 / SPAN..self.slots.1.div_ceil(SPAN)
     }
+
+    /// Its slots in a span: from the first on, to before the second.
+    #[inline(always)]
+    fn span_slots(&self, span: usize) -> (usize, usize) {
+        (self.slots.0.max(span * SPAN), self.slots.1.min((span + 1) * SPAN))
+    }
 }
 
 /// One span of a tile, when spans are shared out.
@@ -282,15 +288,36 @@ impl<'a, T: Element> Call<'a, T> {
         }
     }
 
-    /// Attends to one span's slots; `running` starts afresh.
+    /// The first group of one span.
     #[inline(always)]
-    fn span<S: Simd>(&self, simd: S, item: &Item, span: usize, tile: &mut Tile, running: &mut Running) {
+    fn first_panels(&self, (item, span): (&Item, usize)) -> Panels<'a, T> {
+        let (first, end) = item.span_slots(span);
+        self.panels(item, first / GROUP_SLOTS, end)
+    }
+
+    /// Attends to one span's slots, of which `panels` are the first group; `running` starts afresh. Returns the first group
+    /// of the span that comes `next`, whose keys have been asked for.
+    #[inline(always)]
+    fn span<S: Simd>(
+        &self,
+        simd: S,
+        (item, span): (&Item, usize),
+        mut panels: Panels<'a, T>,
+        next: Option<(&Item, usize)>,
+        (tile, running): (&mut Tile, &mut Running),
+    ) -> Panels<'a, T> {
         running.start(item.rows);
-        let (first, end) = (item.slots.0.max(span * SPAN), item.slots.1.min((span + 1) * SPAN));
-        for group in first / GROUP_SLOTS..end.div_ceil(GROUP_SLOTS) {
-            let panels = self.panels(item, group, end);
-            tile.attend(simd, &panels, group * GROUP_SLOTS, running);
+        let (first, end) = item.span_slots(span);
+        let groups = first / GROUP_SLOTS..end.div_ceil(GROUP_SLOTS);
+        for group in groups.clone() {
+            let following = match group + 1 < groups.end {
+                true => self.panels(item, group + 1, end),
+                false => next.map_or_else(Panels::default, |next| self.first_panels(next)),
+            };
+            tile.attend(simd, &panels, &following, group * GROUP_SLOTS, running);
+            panels = following;
         }
+        panels
     }
 
     /// Divides by the sum of the weights and writes the rows out.
@@ -315,17 +342,24 @@ struct Tiles<'a, 'b, T: Element> {
     worker: &'a mut Worker,
 }
 
-impl<T: Element> Kernel for Tiles<'_, '_, T> {
+impl<'a, T: Element> Kernel for Tiles<'a, '_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Worker { tile, total, part } = self.worker;
-        while let Some(item) = self.items.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+        // The next tile is taken before one is done, so that its keys can be asked for.
+        let take = || self.items.get(self.next.fetch_add(1, Ordering::Relaxed)).map(|item| (item, item.spans()));
+        let mut taken = take();
+        let start = |taken: &Option<(&'a Item, Range<usize>)>| taken.as_ref().map(|(item, spans)| (*item, spans.start));
+        let mut panels = start(&taken).map_or_else(Panels::default, |first| self.call.first_panels(first));
+        while let Some((item, spans)) = taken {
+            taken = take();
             self.call.load(simd, item, tile);
-            for span in item.spans() {
-                if span == item.spans().start {
-                    self.call.span(simd, item, span, tile, total);
+            for span in spans.clone() {
+                let next = if span + 1 < spans.end { Some((item, span + 1)) } else { start(&taken) };
+                if span == spans.start {
+                    panels = self.call.span(simd, (item, span), panels, next, (tile, total));
                 } else {
-                    self.call.span(simd, item, span, tile, part);
+                    panels = self.call.span(simd, (item, span), panels, next, (tile, part));
                     total.join(simd, part);
                 }
             }
@@ -347,14 +381,16 @@ struct Spans<'a, 'b, T: Element> {
 impl<T: Element> Kernel for Spans<'_, '_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(shared) = self.shared.get(i) else { return };
-            let item = &self.items[shared.item];
+        let take = || Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < self.shared.len());
+        let start = |taken: Option<usize>| taken.map(|i| (&self.items[self.shared[i].item], self.shared[i].span));
+        let mut taken = take();
+        let mut panels = start(taken).map_or_else(Panels::default, |first| self.call.first_panels(first));
+        while let (Some(i), Some((item, span))) = (taken, start(taken)) {
+            taken = take();
             self.call.load(simd, item, &mut self.worker.tile);
             // SAFETY: the counter gives every span to one worker alone.
             let part = unsafe { &mut self.parts.slice(i..i + 1)[0] };
-            self.call.span(simd, item, shared.span, &mut self.worker.tile, part);
+            panels = self.call.span(simd, (item, span), panels, start(taken), (&mut self.worker.tile, part));
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The inner loops of attention: a tile of queries against a group of key panels.
 
+use super::super::ahead::{LINE, near};
 use super::super::vector_math::{Chunk, Element, Kernel, LANES, Simd, exp, load_part, store_part};
 
 /// Queries of a tile: enough that the keys of a group are read from memory once for many of them.
@@ -164,18 +165,19 @@ impl Tile {
         }
     }
 
-    /// Attends to the slots `base..base + GROUP_SLOTS`.
+    /// Attends to the slots `base..base + GROUP_SLOTS`, and asks for the keys that come `next`.
     #[inline(always)]
     pub(super) fn attend<S: Simd, T: Element>(
         &mut self,
         simd: S,
         panels: &Panels<'_, T>,
+        next: &Panels<'_, T>,
         base: usize,
         running: &mut Running,
     ) {
         for i in 0..self.sets.len() {
             let set = self.sets[i];
-            let group = Group { tile: self, panels, base, running, set };
+            let group = Group { tile: self, panels, next, base, running, set };
             // (queries, panels scored together, value chunks added together): what fills the registers with chains of
             // additions that do not wait for each other.
             match (S::WIDE, set.rows) {
@@ -199,6 +201,7 @@ impl Tile {
 struct Group<'a, 'b, T> {
     tile: &'a mut Tile,
     panels: &'a Panels<'b, T>,
+    next: &'a Panels<'b, T>,
     /// The group's first slot.
     base: usize,
     running: &'a mut Running,
@@ -211,7 +214,7 @@ struct SetOf<'a, 'b, T, const M: usize, const P: usize, const C: usize>(Group<'a
 impl<T: Element, const M: usize, const P: usize, const C: usize> Kernel for SetOf<'_, '_, T, M, P, C> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Group { tile, panels, base, running, set } = self.0;
+        let Group { tile, panels, next, base, running, set } = self.0;
         let mut visible = [(0, 0); M];
         for (visible, slots) in visible.iter_mut().zip(&tile.visible[set.first..]) {
             *visible = (slots.0.clamp(base, base + GROUP_SLOTS) - base, slots.1.clamp(base, base + GROUP_SLOTS) - base);
@@ -239,12 +242,12 @@ impl<T: Element, const M: usize, const P: usize, const C: usize> Kernel for SetO
         }
         let width = running.width;
         let values = &mut running.values[set.first * width..][..M * width];
-        add_values::<S, T, M, C>(simd, scores, panels, &visible, values);
+        add_values::<S, T, M, C>(simd, scores, (panels, next), &visible, values);
     }
 }
 
 /// `scores[m][first + p] = q_m . keys`, for `P` panels from `first` on: one chain of multiply-adds over the head's elements
-/// for each query and key.
+/// for each query and key. Beside it, asks for the panels' values, which are read next.
 #[inline(always)]
 fn score<S: Simd, T: Element, const M: usize, const P: usize>(
     simd: S,
@@ -258,11 +261,16 @@ fn score<S: Simd, T: Element, const M: usize, const P: usize>(
     for (keys, panel) in keys.iter_mut().zip(&panels.keys[first..]) {
         *keys = &panel[..head_dim];
     }
+    let mut values = [std::ptr::null(); P];
+    for (values, panel) in values.iter_mut().zip(&panels.values[first..]) {
+        *values = panel.as_ptr();
+    }
     let mut sums = [[simd.splat(0.0); P]; M];
     for i in 0..head_dim {
         let mut key = [simd.splat(0.0); P];
         for p in 0..P {
             key[p] = T::load(simd, &keys[p][i]);
+            near(values[p].wrapping_add(i));
         }
         for m in 0..M {
             let q = simd.splat(queries[m][i]);
@@ -339,7 +347,7 @@ fn lanes(visible: (usize, usize), panel: usize, tokens: &[usize; TILE_PANELS]) -
 fn add_values<S: Simd, T: Element, const M: usize, const C: usize>(
     simd: S,
     weights: &[[Chunk<f32>; TILE_PANELS]; M],
-    panels: &Panels<'_, T>,
+    (panels, next): (&Panels<'_, T>, &Panels<'_, T>),
     visible: &[(usize, usize); M],
     values: &mut [Chunk<f32>],
 ) {
@@ -351,18 +359,18 @@ fn add_values<S: Simd, T: Element, const M: usize, const C: usize>(
         let slots = (first, if all { common.0 } else { end });
         if slots.0 < slots.1 {
             let values = &mut values[row * width..(row + 1) * width];
-            simd.call(AddRow { weights: &weights[row], panels, slots, values });
+            simd.call(AddRow { weights: &weights[row], panels, next, slots, values });
         }
     }
     if !all {
         return;
     }
-    add_chunks::<S, T, M, C>(simd, weights, panels, common, values);
+    add_chunks::<S, T, M, C>(simd, weights, (panels, next), common, values);
     for row in 0..M {
         let slots = (common.1, visible[row].1);
         if slots.0 < slots.1 {
             let values = &mut values[row * width..(row + 1) * width];
-            simd.call(AddRow { weights: &weights[row], panels, slots, values });
+            simd.call(AddRow { weights: &weights[row], panels, next, slots, values });
         }
     }
 }
@@ -371,6 +379,7 @@ fn add_values<S: Simd, T: Element, const M: usize, const C: usize>(
 struct AddRow<'a, 'b, T> {
     weights: &'a [Chunk<f32>; TILE_PANELS],
     panels: &'a Panels<'b, T>,
+    next: &'a Panels<'b, T>,
     slots: (usize, usize),
     values: &'a mut [Chunk<f32>],
 }
@@ -378,8 +387,8 @@ struct AddRow<'a, 'b, T> {
 impl<T: Element> Kernel for AddRow<'_, '_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { weights, panels, slots, values } = self;
-        add_chunks::<S, T, 1, 4>(simd, std::array::from_ref(weights), panels, slots, values);
+        let Self { weights, panels, next, slots, values } = self;
+        add_chunks::<S, T, 1, 4>(simd, std::array::from_ref(weights), (panels, next), slots, values);
     }
 }
 
@@ -388,18 +397,18 @@ impl<T: Element> Kernel for AddRow<'_, '_, T> {
 fn add_chunks<S: Simd, T: Element, const M: usize, const C: usize>(
     simd: S,
     weights: &[[Chunk<f32>; TILE_PANELS]; M],
-    panels: &Panels<'_, T>,
+    (panels, next): (&Panels<'_, T>, &Panels<'_, T>),
     slots: (usize, usize),
     values: &mut [Chunk<f32>],
 ) {
     let width = values.len() / M;
     let mut chunk = 0;
     while chunk + C <= width {
-        add_some::<S, T, M, C>(simd, weights, panels, slots, (values, chunk));
+        add_some::<S, T, M, C>(simd, weights, (panels, next), slots, (values, chunk));
         chunk += C;
     }
     while chunk < width {
-        add_some::<S, T, M, 1>(simd, weights, panels, slots, (values, chunk));
+        add_some::<S, T, M, 1>(simd, weights, (panels, next), slots, (values, chunk));
         chunk += 1;
     }
 }
@@ -409,7 +418,7 @@ fn add_chunks<S: Simd, T: Element, const M: usize, const C: usize>(
 fn add_some<S: Simd, T: Element, const M: usize, const C: usize>(
     simd: S,
     weights: &[[Chunk<f32>; TILE_PANELS]; M],
-    panels: &Panels<'_, T>,
+    (panels, next): (&Panels<'_, T>, &Panels<'_, T>),
     slots: (usize, usize),
     (values, chunk): (&mut [Chunk<f32>], usize),
 ) {
@@ -425,7 +434,11 @@ fn add_some<S: Simd, T: Element, const M: usize, const C: usize>(
         let (first, end) = lanes(slots, panel, &panels.tokens);
         #[expect(clippy::needless_range_loop, reason = "several arrays are indexed alike")]
         for lane in first..end {
-            let row: &[Chunk<T>; C] = panels.values[panel][lane * width + chunk..].first_chunk().expect("a whole row");
+            let place = lane * width + chunk;
+            let row: &[Chunk<T>; C] = panels.values[panel][place..].first_chunk().expect("a whole row");
+            for c in (0..C).step_by(LINE.div_ceil(size_of::<Chunk<T>>())) {
+                near(next.keys[panel].as_ptr().wrapping_add(place + c));
+            }
             let mut value = [simd.splat(0.0); C];
             for c in 0..C {
                 value[c] = T::load(simd, &row[c]);
