@@ -80,7 +80,7 @@ def head(*cells):
     row(*["---"] * len(cells))
 
 
-def tables(run):
+def throughput(run):
     names = ["one-r8", "zipf-2k-r8", "uniform-2k-r8"]
     of = {name: reports(run, name) for name in names}
     head("workload", "tok/s, each round", "best", "of one adapter", "median", "of one adapter", "adapter hits", "loads", "TTFT p95, ms", "between p99, ms")
@@ -96,6 +96,8 @@ def tables(run):
             f"{last['classes'][0]['ttft_ms']['p95']:.0f}", f"{last['classes'][0]['inter_token_ms']['p99']:.0f}",
         )
 
+
+def busy(run):
     head("in a busy batch", "others' time between tokens, p99 of each round, ms", "median", "probe's TTFT p50, ms")
     for name in ["busy", "busy-one-cold", "busy-warm", "busy-cold"]:
         found = reports(run, name)
@@ -103,6 +105,8 @@ def tables(run):
         first = [group(report, "classes", "probe")["ttft_ms"]["p50"] for report in found]
         row(name, ", ".join(f"{ms:.1f}" for ms in p99), f"{statistics.median(p99):.1f}", f"{statistics.median(first):.0f}")
 
+
+def tenants(run):
     head("tenants", "quiet: TTFT p50, ms", "p95 of each round, ms", "median p95", "loud: TTFT p50, ms")
     for name in ["solo", "two-tenants"]:
         found = reports(run, name)
@@ -112,8 +116,17 @@ def tables(run):
             name, f"{statistics.median(one['p50'] for one in quiet):.0f}", ", ".join(f"{ms:.0f}" for ms in p95),
             f"{statistics.median(p95):.0f}", f"{statistics.median(one['p50'] for one in loud):.0f}",
         )
+
+
+def tables(run):
+    """Of the parts that the folder has."""
+    for part, file in [(throughput, "one-r8-1.json"), (busy, "busy-1.json"), (tenants, "solo-1.json")]:
+        if (run / file).exists():
+            part(run)
     print()
-    print((run / "registry.txt").read_text() + (run / "memory.txt").read_text())
+    for name in ["registry.txt", "memory.txt"]:
+        if (run / name).exists():
+            print((run / name).read_text(), end="")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ const DO: &str = "OPENLORA_TEST_ADAPTERS_DO";
 const THREADS: usize = 4;
 /// What a child prints before the name of an adapter that it was told is registered.
 const ANSWERED: &str = "answered: ";
+/// What it prints before an error.
+const REFUSED: &str = "refused: ";
 
 #[test]
 #[ignore = "the child of the tests below"]
@@ -31,6 +33,15 @@ fn child_that_is_killed() {
     match env::var(DO).expect("told what to do").as_str() {
         "register" => {
             store.register_folder(&alias("a"), &dir.join("root/new"), &actor("o"), true).expect("registered");
+        }
+        "try to register" => {
+            match store.register_folder(&alias("a"), &dir.join("root/new"), &actor("o"), true) {
+                Ok(_) => println!("{ANSWERED}a"),
+                Err(error) => println!("{REFUSED}{error}"),
+            }
+            // What failed is forgotten by the time it is tried again.
+            let again = store.register_folder(&alias("b"), &dir.join("root/new"), &actor("o"), false);
+            println!("then {}", again.map_or_else(|error| error.to_string(), |_| "b".into()));
         }
         "unregister" => {
             store.unregister("a", &actor("o")).expect("gone");
@@ -58,6 +69,14 @@ fn killed(point: &str, what: &str) -> TempDir {
 
 /// As [`killed`], and what the child had printed.
 fn killed_after_saying(point: &str, what: &str) -> (TempDir, String) {
+    let dir = with_an_adapter();
+    let ended = child(&dir, what).env(kill::AT, point).output().expect("ran");
+    assert_eq!(ended.status.signal(), Some(9), "{point}: {}", String::from_utf8_lossy(&ended.stderr));
+    (dir, String::from_utf8(ended.stdout).expect("text"))
+}
+
+/// A folder with a store where `a` stands for the adapter `old`.
+fn with_an_adapter() -> TempDir {
     let dir = TempDir::new().expect("a temporary folder");
     for i in 0..2 {
         Adapter::qv(2, 10 + i).write(&dir.path().join(format!("root/{i}")));
@@ -66,12 +85,15 @@ fn killed_after_saying(point: &str, what: &str) -> (TempDir, String) {
     Adapter::qv(3, 2).write(&dir.path().join("root/new"));
     let store = make::open(dir.path(), Limits { alias_history_max: 0, ..Limits::default() }, 1 << 20);
     store.register_folder(&alias("a"), &dir.path().join("root/old"), &actor("o"), false).expect("registered");
-    drop(store);
+    dir
+}
+
+/// This program as the child that does `what` in a folder.
+fn child(dir: &TempDir, what: &str) -> Command {
     let mut child = Command::new(env::current_exe().expect("this binary"));
     child.args(["--exact", "crash_tests::child_that_is_killed", "--ignored", "--nocapture"]);
-    let ended = child.env(CHILD, dir.path()).env(DO, what).env(kill::AT, point).output().expect("ran");
-    assert_eq!(ended.status.signal(), Some(9), "{point}: {}", String::from_utf8_lossy(&ended.stderr));
-    (dir, String::from_utf8(ended.stdout).expect("text"))
+    child.env(CHILD, dir.path()).env(DO, what);
+    child
 }
 
 /// Opens the store again: what `a` has as its largest rank, or nothing; and that no file is left over.
@@ -129,6 +151,46 @@ fn a_removal_killed_at_any_point_leaves_the_adapter_or_nothing() {
     for (point, left) in [("before the commit", Some(2)), ("after the commit", None), ("between files and row", None)] {
         assert_eq!(rank_after(&killed(point, "unregister"), point), left, "{point}");
     }
+}
+
+/// The disk reports EIO for one flush after the other: of the staged files, their folders, the database.
+#[test]
+fn a_flush_that_fails_refuses_the_registration_and_leaves_the_old_adapter() {
+    let library = TempDir::new().expect("a temporary folder");
+    let library = library.path().join("failing_flush.so");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/failing_flush.c");
+    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).arg("-ldl").output();
+    let compiled = compiled.expect("the compiler that links Rust programs");
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let mut refused = 0;
+    for flush in 1.. {
+        let dir = with_an_adapter();
+        let mut child = child(&dir, "try to register");
+        let ended = child.env("LD_PRELOAD", &library).env("FAIL_FLUSH", flush.to_string()).output().expect("ran");
+        let (said, errors) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+        assert!(ended.status.success(), "flush {flush}: {said}{errors}");
+        if !errors.contains("a flush failed") {
+            assert!(said.contains("answered: a\nthen b"), "nothing failed: {said}");
+            break;
+        }
+        let point = format!("flush {flush}: {said}");
+        let store = make::open(dir.path(), Limits::default(), 1 << 20);
+        assert_eq!(entries(&dir.path().join("data/staging")), Vec::<String>::new(), "{point}");
+        assert_eq!(entries(&dir.path().join("data/adapters")).len() as u64, store.stats().generations, "{point}");
+        let a = store.resolve("a").expect("resolved").load().expect("whole");
+        let rank = a.sites.iter().map(openlora_types::SiteWeights::rank).max();
+        if said.contains(REFUSED) {
+            refused += 1;
+            assert_eq!(rank, Some(2), "{point}");
+            assert!(said.contains("Input/output error") || said.contains("disk I/O error"), "{point}");
+        } else {
+            assert_eq!(rank, Some(3), "{point}");
+        }
+        if said.contains("then b") {
+            store.resolve("b").expect("resolved").load().expect("whole");
+        }
+    }
+    assert!(refused >= 3, "staged files, folder and database are flushed: {refused}");
 }
 
 #[tokio::test]
