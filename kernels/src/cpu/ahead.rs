@@ -1,11 +1,14 @@
-//! Asking for memory while multiplying.
+//! Asking for memory before it is read.
 //!
 //! A processor keeps a dozen or two cache lines in flight. Asked for in one go, more than that wait for each other and the
-//! kernel with them; a few for each block of a tile are on their way while the arithmetic goes on.
+//! kernel with them; a few in every turn of a loop are on their way while the arithmetic goes on.
+
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
 
 /// Asks for what is there to come into the nearest cache.
 #[inline(always)]
-pub(super) fn near<T>(address: *const T) {
+pub(super) fn ask<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -14,93 +17,40 @@ pub(super) fn near<T>(address: *const T) {
     }
 }
 
-/// Bytes of a cache line.
-pub(super) const LINE: usize = 64;
-
-/// What is asked for while a tile is computed.
+/// Bytes that will be read soon, asked for in the turns of a loop.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
-    /// Needed in the next tiles: for the nearest cache.
-    pub(super) near: Stream,
-    /// Needed after them: for the second-level cache.
-    pub(super) far: Stream,
-}
-
-/// Neighbouring cache lines, some for each block of a tile.
-#[derive(Clone, Copy)]
-pub(super) struct Stream {
     next: *const u8,
-    lines_per_block: usize,
-}
-
-impl Stream {
-    /// All lines of `bytes`, or a few more, over the blocks of a tile.
-    #[inline(always)]
-    pub(super) fn new(bytes: &[u8], blocks: usize) -> Self {
-        Self { next: bytes.as_ptr(), lines_per_block: bytes.len().div_ceil(LINE).div_ceil(blocks) }
-    }
-
-    /// Asks for a block's lines to come into the nearest cache.
-    #[inline(always)]
-    pub(super) fn ask_near(&mut self) {
-        for _ in 0..self.lines_per_block {
-            near(self.next);
-            self.next = self.next.wrapping_add(LINE);
-        }
-    }
-
-    /// Asks for a block's lines to come into the second-level cache.
-    #[inline(always)]
-    pub(super) fn ask_far(&mut self) {
-        for _ in 0..self.lines_per_block {
-            #[cfg(target_arch = "x86_64")]
-            {
-                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                // SAFETY: as above.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.cast()) };
-            }
-            self.next = self.next.wrapping_add(LINE);
-        }
-    }
+    lines_each: usize,
+    turns: usize,
 }
 
 impl Ahead {
+    /// All lines of `bytes`, or a few more, over so many turns.
+    #[inline(always)]
+    pub(super) fn new(bytes: &[u8], turns: usize) -> Self {
+        let lines = bytes.len().div_ceil(LINE);
+        let lines_each = lines.div_ceil(turns.max(1));
+        Self { next: bytes.as_ptr(), lines_each, turns: if lines == 0 { 0 } else { lines.div_ceil(lines_each) } }
+    }
+
+    /// Asks for one turn's lines, if not all have been asked for.
+    #[inline(always)]
+    pub(super) fn ask(&mut self) {
+        if self.turns == 0 {
+            return;
+        }
+        self.turns -= 1;
+        for _ in 0..self.lines_each {
+            ask(self.next);
+            self.next = self.next.wrapping_add(LINE);
+        }
+    }
+
     /// Asks for everything at once, where a kernel does not ask itself.
-    pub(super) fn ask(mut self, blocks: usize) {
-        for _ in 0..blocks {
-            self.near.ask_near();
-            self.far.ask_far();
+    pub(super) fn ask_all(mut self) {
+        while self.turns > 0 {
+            self.ask();
         }
-    }
-}
-
-/// Some slices, taken from the front in pieces of about the same length.
-pub(super) struct Reads<'a, I> {
-    slices: I,
-    rest: &'a [u8],
-    /// Bytes of a piece.
-    each: usize,
-    /// What pieces at the ends of slices were shorter, so far.
-    owed: usize,
-}
-
-impl<'a, I: Iterator<Item = &'a [u8]>> Reads<'a, I> {
-    pub(super) fn new(slices: I, each: usize) -> Self {
-        Self { slices, rest: &[], each, owed: 0 }
-    }
-
-    /// The next piece, of one slice; nothing when all have been taken.
-    #[inline]
-    pub(super) fn next(&mut self) -> &'a [u8] {
-        if self.each == 0 {
-            return &[];
-        }
-        if self.rest.is_empty() {
-            self.rest = self.slices.next().unwrap_or_default();
-        }
-        let most = self.each + self.owed;
-        let (now, rest) = self.rest.split_at(self.rest.len().min(most));
-        (self.rest, self.owed) = (rest, most - now.len());
-        now
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use half::f16;
 use openlora_types::{Module, Site, Token};
 
+use super::ahead::Ahead;
 use super::lora::{Columns, CpuAdapter, LoraScratch, Outputs, SiteFactors, expand};
 use super::pool::Disjoint;
 use super::vector_math::{Element, RowKernel, Simd, dispatch_rows};
@@ -175,7 +176,15 @@ fn adapt<S: Simd, T: Element>(
         let b = adapter.b::<T>(site, first);
         let columns = b.columns();
         first = columns.end;
-        expand(simd, shrunk, &Columns::new(site, b, None), columns.clone(), &mut OneRow(&mut out[columns]));
+        let mut nothing = Ahead::new(&[], 1);
+        expand(
+            simd,
+            shrunk,
+            &Columns::new(site, b, None),
+            columns.clone(),
+            &mut nothing,
+            &mut OneRow(&mut out[columns]),
+        );
     }
 }
 

@@ -1,6 +1,6 @@
 //! The inner loops of attention: a tile of queries against a group of key panels.
 
-use super::super::ahead::{LINE, near};
+use super::super::ahead::{LINE, ask};
 use super::super::vector_math::{Chunk, Element, Kernel, LANES, Simd, exp, load_part, store_part};
 
 /// Queries of a tile: enough that the keys of a group are read from memory once for many of them.
@@ -270,7 +270,7 @@ fn score<S: Simd, T: Element, const M: usize, const P: usize>(
         let mut key = [simd.splat(0.0); P];
         for p in 0..P {
             key[p] = T::load(simd, &keys[p][i]);
-            near(values[p].wrapping_add(i));
+            ask(values[p].wrapping_add(i));
         }
         for m in 0..M {
             let q = simd.splat(queries[m][i]);
@@ -437,7 +437,7 @@ fn add_some<S: Simd, T: Element, const M: usize, const C: usize>(
             let place = lane * width + chunk;
             let row: &[Chunk<T>; C] = panels.values[panel][place..].first_chunk().expect("a whole row");
             for c in (0..C).step_by(LINE.div_ceil(size_of::<Chunk<T>>())) {
-                near(next.keys[panel].as_ptr().wrapping_add(place + c));
+                ask(next.keys[panel].as_ptr().wrapping_add(place + c));
             }
             let mut value = [simd.splat(0.0); C];
             for c in 0..C {

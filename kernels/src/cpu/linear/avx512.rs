@@ -110,8 +110,7 @@ unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: Group<'_>, mut 
     let low_half = _mm512_set1_epi8(15);
     let mut sums = [_mm512_setzero_ps(); R];
     for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
-        ahead.near.ask_near();
-        ahead.far.ask_far();
+        ahead.ask();
         // SAFETY: the caller promises a block of 320 bytes for every block of activations.
         let weights = unsafe { panel.add(block * Q4_BLOCK_BYTES) };
         let mut dots = [_mm512_setzero_si512(); R];
@@ -165,8 +164,7 @@ unsafe fn q4_rows<const R: usize>(panel: *const u8, activations: Group<'_>, mut 
 unsafe fn q8_rows<const R: usize>(panel: *const u8, activations: Group<'_>, mut ahead: Ahead, out: &mut Tile) {
     let mut sums = [_mm512_setzero_ps(); R];
     for (block, (x, second)) in activations.blocks.iter().zip(activations.seconds).enumerate() {
-        ahead.near.ask_near();
-        ahead.far.ask_far();
+        ahead.ask();
         // SAFETY: the caller promises that the panel holds this block: its scales and its codes.
         let (scales, codes) = unsafe {
             let pair = panel.add(block / 2 * Q8_PAIR_BYTES);

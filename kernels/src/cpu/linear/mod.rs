@@ -15,7 +15,7 @@ mod portable;
 
 use std::ops::Range;
 
-use super::ahead::{Ahead, Reads, Stream};
+use super::ahead::Ahead;
 use super::pack::{BLOCK, PANEL, PanelFormat, Panels, Part};
 use super::pool::{Disjoint, Pool, Work};
 use super::{CpuTensor, Isa};
@@ -36,15 +36,12 @@ const BANDWIDTH_BOUND_ROWS: usize = 4;
 /// of the work, and it goes fastest as one plain stream.
 const MANY_GROUPS: usize = 2;
 
-/// What is done beside a multiplication, by the same threads: work on the same x.
+/// Work that is done by the same threads beside a multiplication.
 pub trait Beside: Sync {
-    /// `worker`'s pieces of the work, disjoint from others'.
+    /// `worker`'s pieces, disjoint from others'.
     fn share(&self, worker: usize) -> Range<usize>;
     /// Does these pieces.
     fn run(&self, pieces: Range<usize>);
-    /// Part `part` of `parts` of what `worker` will read, for its share and after the multiplication, and about how many bytes
-    /// that is: it is asked for while the worker multiplies, which leaves most of the memory's bandwidth unused.
-    fn reads(&self, worker: usize, part: Range<usize>, parts: usize) -> (usize, impl Iterator<Item = &[u8]>);
 }
 
 /// Nothing beside.
@@ -53,10 +50,10 @@ impl Beside for () {
         0..0
     }
     fn run(&self, _: Range<usize>) {}
-    fn reads(&self, _: usize, _: Range<usize>, _: usize) -> (usize, impl Iterator<Item = &[u8]>) {
-        (0, std::iter::empty())
-    }
 }
+
+/// Pieces of other work that are taken at a time.
+const BESIDE_RUN: usize = 8;
 
 /// A loaded (fused) linear.
 #[derive(Debug)]
@@ -125,19 +122,12 @@ pub fn multiply(
     for pass in 0..passes {
         let groups = groups * pass / passes..groups * (pass + 1) / passes;
         let is_last = pass + 1 == passes;
-        let task = |worker, range: Range<usize>| {
-            let mine = share(worker);
-            // What was taken over from another worker is none of this one's parts.
-            let is_mine = mine.start <= range.start && range.end <= mine.end;
-            let part = if is_last && is_mine { range.start - mine.start..range.end - mine.start } else { 0..0 };
-            let (bytes, reads) = beside.reads(worker, part, mine.len().max(1));
-            let mut reads = Reads::new(reads, bytes.div_ceil(range.len() * groups.len()));
-            // SAFETY: every panel is in one range.
-            unsafe { operands.multiply_panels(range, groups.clone(), &out, &mut || reads.next()) };
-        };
+        // SAFETY: every panel is in one range.
+        let task = |_, range| unsafe { operands.multiply_panels(range, groups.clone(), &out) };
         let multiply = Work { share: &share, run, task: &task };
         if is_last {
-            let beside = Work { share: &|worker| beside.share(worker), run: 1, task: &|_, pieces| beside.run(pieces) };
+            let beside =
+                Work { share: &|worker| beside.share(worker), run: BESIDE_RUN, task: &|_, pieces| beside.run(pieces) };
             pool.run_shares(&[multiply, beside]);
         } else {
             pool.run_shares(&[multiply]);
@@ -199,14 +189,8 @@ impl Operands<'_> {
     }
 
     /// # Safety
-    /// No other thread writes the columns of `range`'s panels in `out` at the same time. `reads` gives what to ask for beside each tile.
-    unsafe fn multiply_panels<'b>(
-        &self,
-        range: Range<usize>,
-        groups: Range<usize>,
-        out: &Disjoint<'_, f32>,
-        reads: &mut dyn FnMut() -> &'b [u8],
-    ) {
+    /// No other thread writes the columns of `range`'s panels in `out` at the same time.
+    unsafe fn multiply_panels(&self, range: Range<usize>, groups: Range<usize>, out: &Disjoint<'_, f32>) {
         let (rows, outputs) = (self.x.rows(), self.panels.outputs);
         let mut tile: Tile = [[0.0; PANEL]; GROUP];
         let blocks = self.panels.inputs.div_ceil(BLOCK);
@@ -218,11 +202,11 @@ impl Operands<'_> {
                 let after = self.panels.after(part, number);
                 for group in groups.clone() {
                     let (done, all) = (group - groups.start, groups.len());
-                    let near = match all >= MANY_GROUPS {
+                    let next = match all >= MANY_GROUPS {
                         true => &after[after.len() * done / all..after.len() * (done + 1) / all],
                         false => &[],
                     };
-                    let ahead = Ahead { near: Stream::new(near, blocks), far: Stream::new(reads(), blocks) };
+                    let ahead = Ahead::new(next, blocks);
                     let first = group * GROUP;
                     let in_group = GROUP.min(rows - first);
                     self.multiply_tile(part.format, panel, first..first + in_group, ahead, &mut tile);
@@ -242,7 +226,7 @@ impl Operands<'_> {
             PanelFormat::Q4 => q4(self.isa, panel, self.activations.group(rows.start / GROUP), rows.len(), ahead, tile),
             PanelFormat::Q8 => q8(self.isa, panel, self.activations.group(rows.start / GROUP), rows.len(), ahead, tile),
             PanelFormat::F32 => {
-                ahead.ask(self.panels.inputs.div_ceil(BLOCK));
+                ahead.ask_all();
                 let inputs = self.panels.inputs;
                 let x = &self.x.values()[rows.start * inputs..rows.end * inputs];
                 f32(self.isa, bytemuck::cast_slice(panel), x, inputs, tile);
@@ -253,7 +237,7 @@ impl Operands<'_> {
 
 fn q4(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, ahead: Ahead, tile: &mut Tile) {
     if isa != Isa::Avx512Vnni {
-        ahead.ask(activations.blocks.len());
+        ahead.ask_all();
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -268,7 +252,7 @@ fn q4(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, ahead: Ahead,
 
 fn q8(isa: Isa, panel: &[u8], activations: Group<'_>, rows: usize, ahead: Ahead, tile: &mut Tile) {
     if isa != Isa::Avx512Vnni {
-        ahead.ask(activations.blocks.len());
+        ahead.ask_all();
     }
     match isa {
         #[cfg(target_arch = "x86_64")]

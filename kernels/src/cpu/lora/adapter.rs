@@ -1,5 +1,7 @@
 //! One adapter in memory.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use openlora_types::{AdapterSizes, AdapterWeights, Elements, Matrix, Module, Site, SiteWeights};
@@ -8,7 +10,7 @@ use super::super::pages::CpuPageSet;
 use super::super::vector_math::Element;
 use super::Rows;
 use super::placement::{FactorPlace, Placement};
-use crate::{KernelError, Precision, SiteSpan};
+use crate::{KernelError, Precision};
 
 /// One adapter generation, resident: per site the rows of A, `[rank][inputs]`, then the rows of B transposed,
 /// `[rank][outputs]`, so that what belongs to one rank is contiguous, in pages of the pool ([`super::placement`]).
@@ -20,8 +22,12 @@ use crate::{KernelError, Precision, SiteSpan};
 pub struct CpuAdapter {
     /// By [`Site::index`].
     sites: Vec<Option<SiteFactors>>,
+    /// No other adapter has it, as long as the process runs; not 0.
+    number: u64,
     /// Bit `module as u32`: some layer has a site of this module.
     modules: u32,
+    /// Bit `module as u32`: the sites of this module are the same in all layers, but for their numbers.
+    uniform: u32,
     pages: CpuPageSet,
     /// Bytes of the factors.
     factor_bytes: usize,
@@ -147,8 +153,18 @@ impl CpuAdapter {
                 vectors: (vectors.b_bias.is_some() || vectors.output_scale.is_some()).then(|| Box::new(vectors)),
             });
         }
-        let modules = weights.sites.iter().fold(0, |modules, site| modules | 1 << site.site.module as u32);
-        Ok(Self { sites, modules, pages, factor_bytes: placement.bytes, precision })
+        let (mut modules, mut uniform) = (0, 0);
+        for module in Module::IN_LAYER.into_iter().chain([Module::Embed, Module::LmHead]) {
+            let sizes = |layer| {
+                let site = sites[Site { layer: layer as u32, module }.index(layers)].as_ref();
+                site.map(|site| (site.rank(), site.inputs(), site.outputs(), site.output_strip()))
+            };
+            modules |= u32::from((0..layers).any(|layer| sizes(layer).is_some())) << module as u32;
+            uniform |= u32::from((1..layers).all(|layer| sizes(layer) == sizes(0))) << module as u32;
+        }
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { sites, number, modules, uniform, pages, factor_bytes: placement.bytes, precision })
     }
 
     /// Whether its pages are still its own.
@@ -174,10 +190,22 @@ impl CpuAdapter {
         Rows::new(&self.pages, &site.b, column)
     }
 
-    /// Whether it may have one of these sites, from what every step has at hand.
+    /// Tells it from all others.
     #[inline(always)]
-    pub(super) fn may_have(&self, sites: &[SiteSpan]) -> bool {
-        sites.iter().any(|span| self.modules >> span.site.module as u32 & 1 == 1)
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether some layer has a site of one of these modules.
+    #[inline(always)]
+    pub(super) fn has(&self, modules: u32) -> bool {
+        self.modules & modules != 0
+    }
+
+    /// Whether all layers have the same sites of these modules.
+    #[inline(always)]
+    pub(super) fn is_uniform(&self, modules: u32) -> bool {
+        self.uniform & modules == modules
     }
 
     /// The factors at a site index, if the adapter targets it.

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
+use super::super::ahead::Ahead;
 use super::super::vector_math::{Chunk, Element, LANES, Simd, load_part, store_part};
+use super::plan::Piece;
 use super::{Rows, SiteFactors};
 
 /// Rows of numbers, each `stride` after the one before.
@@ -26,6 +28,20 @@ impl<'a, E> Strided<'a, E> {
     }
 }
 
+/// About how many turns the loops of [`shrink`] take for a piece.
+#[inline(always)]
+pub(super) fn shrink_turns(piece: &Piece, inputs: usize) -> usize {
+    // Sums of 16 products at a time, or of one row with 8 ranks.
+    inputs / LANES * (piece.rows * piece.count / 16).max(1)
+}
+
+/// About how many turns the loops of [`expand`] take for a piece.
+#[inline(always)]
+pub(super) fn expand_turns(piece: &Piece) -> usize {
+    // 12 or 16 vectors at a time; the work is one more than the ranks for each output.
+    (piece.work / (LANES * 12)).max(1)
+}
+
 /// `put(row, rank, a_rank . x_row)` for all rows of x and of A, over their first `width` numbers.
 ///
 /// Ranks in the outer loop: a few rows of A stay in the first-level cache while all rows of x pass.
@@ -35,6 +51,7 @@ pub(super) fn shrink<S: Simd, T: Element>(
     x: Strided<'_, f32>,
     a: Strided<'_, T>,
     width: usize,
+    ahead: &mut Ahead,
     put: &mut impl FnMut(usize, usize, f32),
 ) {
     let mut rank = 0;
@@ -44,13 +61,13 @@ pub(super) fn shrink<S: Simd, T: Element>(
         let put = &mut |row: usize, i: usize, value: f32| put(row, rank + i, value);
         // One row at a time reads as many rows of A together as it takes to keep the multipliers busy.
         rank += match (S::WIDE, rows, rest) {
-            (true, 0..4, 8..) => shrink_ranks::<S, T, 1, 8>(simd, x, a, width, put),
-            (true, _, 4..) => shrink_ranks::<S, T, 4, 4>(simd, x, a, width, put),
-            (true, _, 2..) => shrink_ranks::<S, T, 4, 2>(simd, x, a, width, put),
-            (true, ..) => shrink_ranks::<S, T, 4, 1>(simd, x, a, width, put),
-            (false, 0..2, 4..) => shrink_ranks::<S, T, 1, 4>(simd, x, a, width, put),
-            (false, _, 2..) => shrink_ranks::<S, T, 2, 2>(simd, x, a, width, put),
-            (false, ..) => shrink_ranks::<S, T, 2, 1>(simd, x, a, width, put),
+            (true, 0..4, 8..) => shrink_ranks::<S, T, 1, 8>(simd, x, a, width, ahead, put),
+            (true, _, 4..) => shrink_ranks::<S, T, 4, 4>(simd, x, a, width, ahead, put),
+            (true, _, 2..) => shrink_ranks::<S, T, 4, 2>(simd, x, a, width, ahead, put),
+            (true, ..) => shrink_ranks::<S, T, 4, 1>(simd, x, a, width, ahead, put),
+            (false, 0..2, 4..) => shrink_ranks::<S, T, 1, 4>(simd, x, a, width, ahead, put),
+            (false, _, 2..) => shrink_ranks::<S, T, 2, 2>(simd, x, a, width, ahead, put),
+            (false, ..) => shrink_ranks::<S, T, 2, 1>(simd, x, a, width, ahead, put),
         };
     }
 }
@@ -62,12 +79,13 @@ fn shrink_ranks<S: Simd, T: Element, const R: usize, const K: usize>(
     x: Strided<'_, f32>,
     a: Strided<'_, T>,
     width: usize,
+    ahead: &mut Ahead,
     put: &mut impl FnMut(usize, usize, f32),
 ) -> usize {
     let a: [&[T]; K] = std::array::from_fn(|i| a.row(i, width));
     let mut row = 0;
     while row + R <= x.rows {
-        let dots = dot::<S, T, R, K>(simd, std::array::from_fn(|i| x.row(row + i, width)), a);
+        let dots = dot::<S, T, R, K>(simd, std::array::from_fn(|i| x.row(row + i, width)), a, ahead);
         for (i, dots) in dots.iter().enumerate() {
             for (j, value) in dots.iter().enumerate() {
                 put(row + i, j, *value);
@@ -76,7 +94,7 @@ fn shrink_ranks<S: Simd, T: Element, const R: usize, const K: usize>(
         row += R;
     }
     while row < x.rows {
-        let [dots] = dot::<S, T, 1, K>(simd, [x.row(row, width)], a);
+        let [dots] = dot::<S, T, 1, K>(simd, [x.row(row, width)], a, ahead);
         for (j, value) in dots.iter().enumerate() {
             put(row, j, *value);
         }
@@ -87,10 +105,15 @@ fn shrink_ranks<S: Simd, T: Element, const R: usize, const K: usize>(
 
 /// All products of `R` rows of x with `K` rows of A. Every product is one chain over the vectors of its row.
 #[inline(always)]
-fn dot<S: Simd, T: Element, const R: usize, const K: usize>(simd: S, x: [&[f32]; R], a: [&[T]; K]) -> [[f32; K]; R] {
+fn dot<S: Simd, T: Element, const R: usize, const K: usize>(
+    simd: S,
+    x: [&[f32]; R],
+    a: [&[T]; K],
+    ahead: &mut Ahead,
+) -> [[f32; K]; R] {
     let mut lanes = [[[0.0; LANES]; K]; R];
     let width = x[0].len();
-    dot_chunks(simd, (&x, &a), width / LANES, &mut lanes);
+    dot_chunks(simd, (&x, &a), width / LANES, ahead, &mut lanes);
     let mut products = [[0.0; K]; R];
     for r in 0..R {
         for k in 0..K {
@@ -112,6 +135,7 @@ fn dot_chunks<S: Simd, T: Element, const R: usize, const K: usize>(
     simd: S,
     (x, a): (&[&[f32]; R], &[&[T]; K]),
     chunks: usize,
+    ahead: &mut Ahead,
     lanes: &mut [[Chunk<f32>; K]; R],
 ) {
     // Equal lengths, said so that the loop needs no checks.
@@ -125,6 +149,7 @@ fn dot_chunks<S: Simd, T: Element, const R: usize, const K: usize>(
     }
     let mut sums = [[simd.splat(0.0); K]; R];
     for i in 0..chunks {
+        ahead.ask();
         let mut x = [simd.splat(0.0); R];
         for r in 0..R {
             x[r] = simd.load(&x_chunks[r][i]);
@@ -190,6 +215,7 @@ pub(in super::super) fn expand<S: Simd, T: Element>(
     shrunk: &[f32],
     site: &Columns<'_, T>,
     columns: Range<usize>,
+    ahead: &mut Ahead,
     out: &mut impl Outputs,
 ) {
     let rows = shrunk.len() / site.rank;
@@ -199,11 +225,11 @@ pub(in super::super) fn expand<S: Simd, T: Element>(
         let vectors = (columns.end - column) / LANES;
         column += LANES
             * match (S::WIDE, rows, vectors) {
-                (true, 0..4, 12..) => expand_columns::<S, T, 1, 12>(simd, shrunk, site, place, out),
-                (true, _, 4..) => expand_columns::<S, T, 4, 4>(simd, shrunk, site, place, out),
-                (false, 0..2, 4..) => expand_columns::<S, T, 1, 4>(simd, shrunk, site, place, out),
-                (false, _, 2..) => expand_columns::<S, T, 2, 2>(simd, shrunk, site, place, out),
-                (_, _, 1..) => expand_columns::<S, T, 4, 1>(simd, shrunk, site, place, out),
+                (true, 0..4, 12..) => expand_columns::<S, T, 1, 12>(simd, shrunk, site, place, ahead, out),
+                (true, _, 4..) => expand_columns::<S, T, 4, 4>(simd, shrunk, site, place, ahead, out),
+                (false, 0..2, 4..) => expand_columns::<S, T, 1, 4>(simd, shrunk, site, place, ahead, out),
+                (false, _, 2..) => expand_columns::<S, T, 2, 2>(simd, shrunk, site, place, ahead, out),
+                (_, _, 1..) => expand_columns::<S, T, 4, 1>(simd, shrunk, site, place, ahead, out),
                 (_, _, 0) => expand_rest(simd, shrunk, site, place, columns.end - column, out),
             };
     }
@@ -217,6 +243,7 @@ fn expand_columns<S: Simd, T: Element, const R: usize, const C: usize>(
     shrunk: &[f32],
     site: &Columns<'_, T>,
     place: (usize, usize),
+    ahead: &mut Ahead,
     out: &mut impl Outputs,
 ) -> usize {
     let rows = shrunk.len() / site.rank;
@@ -224,7 +251,7 @@ fn expand_columns<S: Simd, T: Element, const R: usize, const C: usize>(
     let mut row = 0;
     while row + R <= rows {
         let z: [&[f32]; R] = std::array::from_fn(|i| &shrunk[(row + i) * site.rank..][..site.rank]);
-        products::<S, T, R, C>(simd, z, site, place.0, &mut lanes);
+        products::<S, T, R, C>(simd, z, (site, place.0), ahead, &mut lanes);
         for (i, sums) in lanes.iter().enumerate() {
             finish(simd, sums, site, place.0, &mut out.row(row + i)[place.1..][..C * LANES]);
         }
@@ -232,7 +259,7 @@ fn expand_columns<S: Simd, T: Element, const R: usize, const C: usize>(
     }
     while row < rows {
         let z = [&shrunk[row * site.rank..][..site.rank]];
-        products::<S, T, 1, C>(simd, z, site, place.0, std::array::from_mut(&mut lanes[0]));
+        products::<S, T, 1, C>(simd, z, (site, place.0), ahead, std::array::from_mut(&mut lanes[0]));
         finish(simd, &lanes[0], site, place.0, &mut out.row(row)[place.1..][..C * LANES]);
         row += 1;
     }
@@ -245,8 +272,8 @@ fn expand_columns<S: Simd, T: Element, const R: usize, const C: usize>(
 fn products<S: Simd, T: Element, const R: usize, const C: usize>(
     simd: S,
     z: [&[f32]; R],
-    site: &Columns<'_, T>,
-    column: usize,
+    (site, column): (&Columns<'_, T>, usize),
+    ahead: &mut Ahead,
     lanes: &mut [[Chunk<f32>; C]; R],
 ) {
     let mut sums = [[simd.splat(0.0); C]; R];
@@ -255,6 +282,7 @@ fn products<S: Simd, T: Element, const R: usize, const C: usize>(
     while first < site.rank {
         let (count, rows) = site.b.run(first);
         for k in 0..count {
+            ahead.ask();
             let b = rows[k * site.width + column..][..C * LANES].as_chunks::<LANES>().0;
             let mut values = [simd.splat(0.0); C];
             for c in 0..C {
