@@ -5,13 +5,14 @@
 //! what adapters cost is the median of a step less the median of the same step without. Every sequence has one row at the
 //! end of its context.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use openlora_adapters::{Actor, AdapterStore, StoreConfig};
+use openlora_benches::shapes::SHAPES;
 use openlora_benches::timed::{Operation, Timed};
 use openlora_kernels::cpu::{Cpu, Isa};
 use openlora_kernels::{Backend, LoraRows, LoraSegment, Precision, SampleRow, SequenceRows, StepRows};
@@ -23,6 +24,9 @@ struct Arguments {
     /// A GGUF file or a Hugging Face folder
     #[arg(long)]
     model: Option<PathBuf>,
+    /// Random weights in this shape instead: smollm2-135m, qwen2.5-0.5b or llama-3.2-1b
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<String>,
     /// Kernel threads
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -51,13 +55,8 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let model = arguments.model.clone().map_or_else(
-        || {
-            let home = std::env::var_os("HOME").context("HOME is not set and no --model given")?;
-            Ok::<_, anyhow::Error>(PathBuf::from(home).join(".cache/openlora/models/SmolLM2-135M-Instruct.Q4_1.gguf"))
-        },
-        Ok,
-    )?;
+    let scratch = tempfile::tempdir()?;
+    let model = model(&arguments, scratch.path())?;
     let files = Arc::new(ModelFiles::open(&model, &Limits::default())?);
     let backend = Arc::new(Timed::new(Cpu::new(arguments.threads, Precision::Quantised, Isa::detect())?));
     let sequences_max = arguments.sequences.iter().copied().max().unwrap_or(1);
@@ -148,6 +147,23 @@ fn main() -> Result<()> {
         print(&arguments, sequences, &cases, &times);
     }
     Ok(())
+}
+
+/// Where the weights are, written into `scratch` if they are random.
+fn model(arguments: &Arguments, scratch: &Path) -> Result<PathBuf> {
+    if let Some(name) = &arguments.shape {
+        let known = SHAPES.map(|shape| shape.name).join(", ");
+        let shape = SHAPES.iter().find(|shape| shape.name == name);
+        let shape = shape.with_context(|| format!("--shape {name}: known are {known}"))?;
+        let path = scratch.join("model.gguf");
+        shape.write(&path)?;
+        return Ok(path);
+    }
+    if let Some(model) = &arguments.model {
+        return Ok(model.clone());
+    }
+    let home = std::env::var_os("HOME").context("HOME is not set and no --model given")?;
+    Ok(PathBuf::from(home).join(".cache/openlora/models/SmolLM2-135M-Instruct.Q4_1.gguf"))
 }
 
 fn print(arguments: &Arguments, sequences: usize, cases: &[usize], times: &[Vec<[f64; Operation::COUNT + 1]>]) {

@@ -9,6 +9,7 @@ pub mod engine_bench;
 pub mod load;
 pub mod register;
 pub mod replay;
+pub mod shapes;
 pub mod stats;
 pub mod timed;
 pub mod trace;

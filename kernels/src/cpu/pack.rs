@@ -143,11 +143,12 @@ impl Panels {
         &self.bytes[start..start + part.panel_bytes]
     }
 
-    /// The bytes that follow panel `panel` of `part`, as many as it has or fewer at the end: the next panel.
+    /// As many bytes as panel `panel` of `part` has, or fewer at the end, from `distance` bytes after its start on.
     #[must_use]
-    pub(super) fn after(&self, part: &Part, panel: usize) -> &[u8] {
-        let start = part.offset + (panel + 1 - part.panels.start) * part.panel_bytes;
-        &self.bytes[start..(start + part.panel_bytes).min(self.bytes.len())]
+    pub(super) fn ahead(&self, part: &Part, panel: usize, distance: usize) -> &[u8] {
+        let start = part.offset + (panel - part.panels.start) * part.panel_bytes + distance;
+        let end = (start + part.panel_bytes).min(self.bytes.len());
+        &self.bytes[start.min(end)..end]
     }
 
     /// Panels of all parts.

@@ -32,9 +32,9 @@ const PASS_BYTES: usize = 1 << 20;
 const RUNS: usize = 8;
 /// Up to this many rows a linear costs what reading its weights costs, above it what multiplying costs.
 const BANDWIDTH_BOUND_ROWS: usize = 4;
-/// From this many groups of rows on, the next panel is asked for while one is multiplied. With fewer, reading a panel is most
-/// of the work, and it goes fastest as one plain stream.
-const MANY_GROUPS: usize = 2;
+/// How far ahead of the multiplication a panel is asked for that one group of rows reads once: time for it to come, and little
+/// enough to stay in the nearest cache.
+const AHEAD_BYTES: usize = 8 << 10;
 
 /// Work that is done by the same threads beside a multiplication.
 pub trait Beside: Sync {
@@ -199,13 +199,12 @@ impl Operands<'_> {
                 let panel = self.panels.panel(part, number);
                 let column = part.outputs.start + (number - part.panels.start) * PANEL;
                 let columns = PANEL.min(part.outputs.end - column);
-                let after = self.panels.after(part, number);
+                // Several groups read the panel from a cache, and meanwhile the next one comes.
+                let distance = if groups.len() == 1 { AHEAD_BYTES.min(part.panel_bytes) } else { part.panel_bytes };
+                let after = self.panels.ahead(part, number, distance);
                 for group in groups.clone() {
                     let (done, all) = (group - groups.start, groups.len());
-                    let next = match all >= MANY_GROUPS {
-                        true => &after[after.len() * done / all..after.len() * (done + 1) / all],
-                        false => &[],
-                    };
+                    let next = &after[after.len() * done / all..after.len() * (done + 1) / all];
                     let ahead = Ahead::new(next, blocks);
                     let first = group * GROUP;
                     let in_group = GROUP.min(rows - first);
