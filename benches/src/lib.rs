@@ -1,5 +1,6 @@
 //! Measurements: the engine in this process (`openlora bench`), a server from outside (`openlora-load`), and what both
-//! need: random adapters on disk, percentiles, run folders. Peers are measured by the scripts in `peers/`, side by side by
+//! need: random adapters on disk, percentiles, run folders. `examples/step_rate.rs` times single steps and the operations in them,
+//! without a scheduler, also for random models of other shapes. Peers are measured by the scripts in `peers/`, side by side by
 //! `compare.sh`; dated results are in `runs/`.
 //!
 //! Start reading at [`engine_bench`]: the same work that the peers' scripts do, so that the figures can be compared.
