@@ -11,13 +11,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use openlora_adapters::{Actor, AdapterStore, StoreConfig};
+use openlora_adapters::Lease;
+use openlora_benches::adapters::register_random;
 use openlora_benches::shapes::SHAPES;
 use openlora_benches::timed::{Operation, Timed};
 use openlora_kernels::cpu::{Cpu, Isa};
 use openlora_kernels::{Backend, LoraRows, LoraSegment, Precision, SampleRow, SequenceRows, StepRows};
 use openlora_model::{LoadOptions, Model, ModelFiles};
-use openlora_types::{Alias, Limits, Module, SamplingParams};
+use openlora_types::{Limits, Module, SamplingParams};
 
 #[derive(Parser)]
 struct Arguments {
@@ -70,7 +71,9 @@ fn main() -> Result<()> {
     let spec = model.attention_spec();
 
     let count = arguments.adapters.iter().copied().max().unwrap_or(0);
-    let weights = adapters(&arguments, &files, count)?;
+    let modules: &[Module] = if arguments.all_linear { &Module::IN_LAYER } else { &[Module::Q, Module::V] };
+    let leases = register_random(scratch.path(), &files.shape(), arguments.rank, modules, count)?;
+    let weights = leases.iter().map(Lease::load).collect::<Result<Vec<_>, _>>()?;
     let needed = weights.first().map_or(0, |weights| model.adapter_pages(&weights.sizes()));
     let kv = sequences_max * blocks;
     let mut pool = backend.new_pages(spec, model.layers(), kv + count * needed)?;
@@ -205,31 +208,4 @@ fn print(arguments: &Arguments, sequences: usize, cases: &[usize], times: &[Vec<
             println!();
         }
     }
-}
-
-/// Random adapters, through the same door as everyone's.
-fn adapters(
-    arguments: &Arguments,
-    files: &ModelFiles,
-    count: usize,
-) -> Result<Vec<Arc<openlora_types::AdapterWeights>>> {
-    let scratch = tempfile::tempdir()?;
-    let modules: &[Module] = if arguments.all_linear { &Module::IN_LAYER } else { &[Module::Q, Module::V] };
-    let limits = Limits::default();
-    let config = StoreConfig {
-        data_dir: scratch.path().join("store"),
-        allowed_roots: vec![scratch.path().to_owned()],
-        host_cache_bytes: 4 << 30,
-        ..StoreConfig::default()
-    };
-    let store = AdapterStore::open(config, files.shape().clone(), limits.clone())?;
-    let actor = Actor { name: "bench".into(), admin: true };
-    let write = |i: usize| {
-        let folder = scratch.path().join(format!("a{i}"));
-        openlora_benches::adapters::write_random(&folder, &files.shape(), arguments.rank, modules, i as u64)?;
-        let alias = Alias::parse("alias", &format!("bench/a{i}"), &limits)?;
-        store.register_folder(&alias, &folder, &actor, false)?;
-        Ok(store.resolve(alias.as_str())?.load()?)
-    };
-    (0..count).map(write).collect()
 }

@@ -1,11 +1,13 @@
-//! Random PEFT adapters on disk, in the sizes of trained ones.
+//! Random PEFT adapters, in the sizes of trained ones: on disk, and registered in a store.
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Result;
 use half::f16;
-use openlora_types::{ModelShape, Module, Site};
+use openlora_adapters::{Actor, AdapterStore, Lease, StoreConfig};
+use openlora_types::{Alias, Limits, ModelShape, Module, Site};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
@@ -50,4 +52,35 @@ pub fn write_random(folder: &Path, shape: &ModelShape, rank: usize, modules: &[M
     });
     std::fs::write(folder.join("adapter_config.json"), config.to_string())?;
     Ok(())
+}
+
+/// Registers `count` random adapters ([`write_random`]) in a store under `scratch`: the same way in as everyone's.
+///
+/// # Errors
+/// Writing or registering fails.
+pub fn register_random(
+    scratch: &Path,
+    shape: &ModelShape,
+    rank: usize,
+    modules: &[Module],
+    count: usize,
+) -> Result<Vec<Lease>> {
+    let limits = Limits::default();
+    let config = StoreConfig {
+        data_dir: scratch.join("store"),
+        allowed_roots: vec![scratch.to_owned()],
+        host_cache_bytes: 4 << 30,
+        ..StoreConfig::default()
+    };
+    let store = Arc::new(AdapterStore::open(config, shape.clone(), limits.clone())?);
+    let actor = Actor { name: "bench".into(), admin: true };
+    (0..count)
+        .map(|i| {
+            let folder = scratch.join(format!("a{i}"));
+            write_random(&folder, shape, rank, modules, i as u64)?;
+            let alias = Alias::parse("alias", &format!("bench/a{i}"), &limits)?;
+            store.register_folder(&alias, &folder, &actor, false)?;
+            Ok(store.resolve(alias.as_str())?)
+        })
+        .collect()
 }

@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use openlora_adapters::{Actor, AdapterStore, Lease, StoreConfig};
+use openlora_adapters::Lease;
+use openlora_benches::adapters::register_random;
 use openlora_benches::engine_bench::{Outcome, Workload, measure};
 use openlora_engine::EngineHandle;
 use openlora_kernels::cpu::ceilings;
-use openlora_types::{Alias, Limits, ModelShape, Module};
+use openlora_types::Module;
 use serde_json::json;
 use toml::Value;
 
@@ -67,7 +67,8 @@ pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
     let scratch = tempfile::tempdir().context("a folder for the random adapters")?;
     let count = args.adapters.iter().copied().max().unwrap_or(0);
     eprintln!("writing {count} random adapters …");
-    let leases = leases(args, scratch.path(), files.shape(), count)?;
+    let modules: &[Module] = if args.all_linear { &Module::IN_LAYER } else { &[Module::Q, Module::V] };
+    let leases = register_random(scratch.path(), &files.shape(), args.rank, modules, count)?;
     let mut outcomes = Vec::new();
     let mut table = String::from("| sequences | adapters | prefill tok/s | decode tok/s |\n|---|---|---|---|\n");
     if !global.json {
@@ -120,27 +121,4 @@ fn one(
     let workload =
         Workload { sequences, adapters, prompt_tokens: args.prompt_tokens, answer_tokens: args.answer_tokens };
     measure(engine, leases, vocab, workload, args.repetitions)
-}
-
-/// Registers `count` random adapters in a store under `scratch`: the same way in as everyone's.
-fn leases(args: &BenchArgs, scratch: &std::path::Path, shape: ModelShape, count: usize) -> Result<Vec<Lease>> {
-    let modules: &[Module] = if args.all_linear { &Module::IN_LAYER } else { &[Module::Q, Module::V] };
-    let limits = Limits::default();
-    let config = StoreConfig {
-        data_dir: scratch.join("store"),
-        allowed_roots: vec![scratch.to_owned()],
-        host_cache_bytes: 4 << 30,
-        ..StoreConfig::default()
-    };
-    let store = Arc::new(AdapterStore::open(config, shape.clone(), limits.clone())?);
-    let actor = Actor { name: "bench".into(), admin: true };
-    (0..count)
-        .map(|i| {
-            let folder = scratch.join(format!("a{i}"));
-            openlora_benches::adapters::write_random(&folder, &shape, args.rank, modules, i as u64)?;
-            let alias = Alias::parse("alias", &format!("bench/a{i}"), &limits)?;
-            store.register_folder(&alias, &folder, &actor, false)?;
-            Ok(store.resolve(alias.as_str())?)
-        })
-        .collect()
 }

@@ -77,8 +77,7 @@ impl LoraScratch {
 }
 
 /// What is to be done for the rows of one linear: shrinking, [`Beside`] its multiplication, then [`Planned::expand`].
-#[derive(Clone, Copy)]
-pub struct Planned<'a> {
+pub(super) struct Planned<'a> {
     pool: &'a Pool,
     isa: Isa,
     adapt: Adapt<'a>,
@@ -95,7 +94,7 @@ pub struct Planned<'a> {
 ///
 /// # Panics
 /// When an adapter does not fit the linear, which who loaded it has checked against the model.
-pub fn planned<T>(
+pub(super) fn planned<T>(
     pool: &Pool,
     isa: Isa,
     adapt: Adapt<'_>,
@@ -115,17 +114,17 @@ pub fn planned<T>(
 
 impl<'a> Planned<'a> {
     /// Adds what has been shrunk to `out`, which holds `W x` and, unless [`Adapt::bias`] is given, the bias.
-    pub fn expand(self, out: &mut CpuTensor) {
+    pub(super) fn expand(self, out: &mut CpuTensor) {
         assert_eq!(self.x.rows(), out.rows(), "rows of x and of W x");
         let out_width = out.width();
         let out = Disjoint::new(out.values_mut());
-        // SAFETY: shrinking is over and nobody writes there any more.
+        // SAFETY: shrinking borrowed self, which is owned here: it is over, and nobody writes there any more.
         let shrunk = unsafe { self.shrunk.slice(0..self.shrunk.len()) };
         let expands = &self.plan.expands;
         let part = |pieces: Range<usize>| {
             dispatch(self.isa, Expand { planned: &self, pieces, shrunk, out: &out, out_width });
         };
-        if expands.are_one_worker_s() {
+        if expands.are_for_one_worker() {
             return part(expands.of(0));
         }
         self.pool.run(&|worker| part(expands.of(worker)));
@@ -153,12 +152,13 @@ impl<'a> Planned<'a> {
         }
     }
 
-    /// What an expanding piece reads of B where it reads all of it, as nearly always; more otherwise.
+    /// What an expanding piece reads of B, nearly always all of it; of pieces that share it, the first asks for all.
     fn reads_b(&self, piece: Option<&Piece>) -> &'a [u8] {
-        match piece.and_then(|piece| Some((piece, self.adapter(&self.plan.jobs[piece.job])?))) {
-            Some((piece, (adapter, site))) => match adapter.precision {
-                Precision::Quantised => bytemuck::cast_slice(adapter.b::<f16>(site, piece.first).run(0).1),
-                Precision::F32 => bytemuck::cast_slice(adapter.b::<f32>(site, piece.first).run(0).1),
+        let first = piece.filter(|piece| piece.first == 0);
+        match first.and_then(|piece| self.adapter(&self.plan.jobs[piece.job])) {
+            Some((adapter, site)) => match adapter.precision {
+                Precision::Quantised => bytemuck::cast_slice(adapter.b::<f16>(site, 0).run(0).1),
+                Precision::F32 => bytemuck::cast_slice(adapter.b::<f32>(site, 0).run(0).1),
             },
             None => &[],
         }
@@ -175,13 +175,13 @@ impl Beside for Planned<'_> {
     }
 }
 
-/// The adapters' part of a linear by itself: `out` as for [`Planned::expand`].
+/// The adapters' part of a linear by itself. `out` holds `W x` and, unless [`Adapt::bias`] is given, the bias.
 ///
 /// # Errors
 /// [`KernelError::Page`] when an adapter's pages are not its own any more.
 ///
 /// # Panics
-/// As for [`planned`].
+/// When an adapter does not fit the linear, which who loaded it has checked against the model.
 pub fn apply(
     pool: &Pool,
     isa: Isa,

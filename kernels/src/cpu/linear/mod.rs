@@ -37,10 +37,10 @@ const BANDWIDTH_BOUND_ROWS: usize = 4;
 const AHEAD_BYTES: usize = 8 << 10;
 
 /// Work that is done by the same threads beside a multiplication.
-pub trait Beside: Sync {
+pub(super) trait Beside: Sync {
     /// `worker`'s pieces, disjoint from others'.
     fn share(&self, worker: usize) -> Range<usize>;
-    /// Does these pieces.
+    /// Does these pieces, each of which one thread does once.
     fn run(&self, pieces: Range<usize>);
 }
 
@@ -96,7 +96,7 @@ impl CpuLinear {
 ///
 /// # Panics
 /// When the widths of `x` or `out` are not the linear's.
-pub fn multiply(
+pub(super) fn multiply(
     pool: &Pool,
     isa: Isa,
     linear: &CpuLinear,

@@ -85,7 +85,7 @@ impl Pieces {
     }
 
     /// Whether the first worker has all.
-    pub(super) fn are_one_worker_s(&self) -> bool {
+    pub(super) fn are_for_one_worker(&self) -> bool {
         self.starts.len() == 1
     }
 
