@@ -3,21 +3,10 @@
 set -euo pipefail
 run=$(realpath "$1")
 cd "$(dirname "$0")/.."
-openlora=$PWD/target/release/openlora
-state=$(mktemp -d)
-server=
-cleanup() { [ -z "$server" ] || { kill -TERM "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; }; rm -rf "$state"; }
-trap cleanup EXIT
+source benches/server.sh
 # Room for the 32 sequences and little more, so that one load has used all of it.
 export OPENLORA_ENGINE_POOL_BYTES=$((256 << 20))
-OPENLORA_ADAPTERS_DATA_DIR=$state/adapters "$openlora" serve --insecure-no-auth --grpc-addr 127.0.0.1:0 \
-  --http-addr 127.0.0.1:0 --json >"$state/addr" 2>"$state/log" &
-server=$!
-until [ -s "$state/addr" ]; do
-  kill -0 "$server" 2>/dev/null || { cat "$state/log" >&2; exit 1; }
-  sleep 0.1
-done
-address=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["grpc"])' "$state/addr")
+start
 # Long answers: what is compared is the rate of decoding 32 sequences, not one prefill. Load 0 is thrown away: in it the
 # system hands the server its key/value memory, page by page. Then the two take turns, so that a slow minute of the machine
 # does not fall on one of them alone.
@@ -30,4 +19,4 @@ for round in 1 2 3 4 5; do
   load "$round" >"$run/load-$round.json"
   "$openlora" bench --sequences 32 --adapters 0 --answer-tokens 256 --repetitions 2 --json >"$run/engine-$round.json"
 done
-kill -TERM "$server"; wait "$server"; server=
+stop

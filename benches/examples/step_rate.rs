@@ -1,9 +1,9 @@
 //! Times whole steps and every operation in them, without a scheduler: `cargo run --release -p openlora-benches --example
-//! step_rate -- [--rows 32] [--adapters 0,1,32] ...`.
+//! step_rate -- --sequences 32 --adapters 0,1,32`.
 //!
 //! The configurations take turns, one step each, so that what the machine does beside this falls on all of them alike, and
-//! what adapters cost is the median of a step less the median of the same step without. Every sequence has one row at the
-//! end of its context.
+//! what adapters cost is the median of a step less the median of the same step without. The rows of a sequence
+//! are the last of its context.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

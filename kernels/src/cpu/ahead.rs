@@ -3,8 +3,9 @@
 //! A processor keeps a dozen or two cache lines in flight. Asked for in one go, more than that wait for each other and the
 //! kernel with them; a few in every turn of a loop are on their way while the arithmetic goes on.
 
-/// Bytes of a cache line.
-pub(super) const LINE: usize = 64;
+use std::ops::Range;
+
+use super::pages::LINE;
 
 /// Asks for what is there to come into the nearest cache.
 #[inline(always)]
@@ -21,26 +22,25 @@ pub(super) fn ask<T>(address: *const T) {
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
     next: *const u8,
+    end: *const u8,
     lines_each: usize,
-    turns: usize,
 }
 
 impl Ahead {
     /// All lines of `bytes`, or a few more, over so many turns.
     #[inline(always)]
     pub(super) fn new(bytes: &[u8], turns: usize) -> Self {
-        let lines = bytes.len().div_ceil(LINE);
-        let lines_each = lines.div_ceil(turns.max(1));
-        Self { next: bytes.as_ptr(), lines_each, turns: if lines == 0 { 0 } else { lines.div_ceil(lines_each) } }
+        let lines_each = bytes.len().div_ceil(LINE).div_ceil(turns.max(1));
+        let Range { start: next, end } = bytes.as_ptr_range();
+        Self { next, end, lines_each }
     }
 
     /// Asks for one turn's lines, if not all have been asked for.
     #[inline(always)]
     pub(super) fn ask(&mut self) {
-        if self.turns == 0 {
+        if self.next >= self.end {
             return;
         }
-        self.turns -= 1;
         for _ in 0..self.lines_each {
             ask(self.next);
             self.next = self.next.wrapping_add(LINE);
@@ -49,7 +49,7 @@ impl Ahead {
 
     /// Asks for everything at once, where a kernel does not ask itself.
     pub(super) fn ask_all(mut self) {
-        while self.turns > 0 {
+        while self.next < self.end {
             self.ask();
         }
     }

@@ -259,7 +259,6 @@ impl Shrink<'_, '_> {
     }
 }
 
-#[derive(Clone)]
 struct Expand<'a, 'b> {
     planned: &'a Planned<'b>,
     /// Numbers in the plan's.

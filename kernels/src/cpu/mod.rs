@@ -228,10 +228,7 @@ impl Backend for Cpu {
         let adapt = Adapt { sites: &linear.sites, lora: *lora, bias: bias_last };
         let (pool, isa, activations) = (&self.pool, self.isa, &mut scratch.activations);
         lora::planned(pool, isa, adapt, x, &mut scratch.lora, |planned| {
-            match &planned {
-                Some(planned) => linear::multiply(pool, isa, linear, x, out, activations, planned)?,
-                None => linear::multiply(pool, isa, linear, x, out, activations, &())?,
-            }
+            linear::multiply(pool, isa, linear, x, out, activations, &planned)?;
             if let Some(bias) = bias
                 && bias_last.is_none()
             {

@@ -435,3 +435,78 @@ fn adapter_bytes_count_the_factors() {
     assert_eq!(f32 - quantised, factors * 2);
     assert!(quantised >= factors * 2 && quantised < factors * 2 + 4_096, "{quantised}");
 }
+
+/// A plan is kept from linear to linear and serves again where everything it was made from is the same: whatever came
+/// before, the bits are those of a plan made afresh.
+#[test]
+fn what_was_planned_for_another_layer_or_batch_changes_nothing() {
+    const INPUTS: usize = 48;
+    let mut rng = rng(17);
+    let spans = |layer: u32, modules: &[(Module, std::ops::Range<usize>)]| -> Vec<SiteSpan> {
+        let span = |(module, outputs): &(Module, std::ops::Range<usize>)| {
+            let site = Site { layer, module: *module };
+            SiteSpan { site, index: site.index(LAYERS), outputs: outputs.clone() }
+        };
+        modules.iter().map(span).collect()
+    };
+    let fused = [(Module::Q, 0..32), (Module::V, 32..80)];
+    let alone = [(Module::V, 0..48)];
+    // Ranks of q and v in each layer: the same in all, another rank that is, and one that differs from layer to layer.
+    let mut adapter = |ranks: &dyn Fn(u32) -> [usize; 2]| {
+        let mut sites = Vec::new();
+        for layer in 0..LAYERS as u32 {
+            for ((module, outputs), rank) in fused.iter().zip(ranks(layer)) {
+                if rank > 0 {
+                    let mut site = site(&mut rng, *module, (INPUTS, outputs.len()), rank, Format::F16);
+                    site.site.layer = layer;
+                    sites.push(site);
+                }
+            }
+        }
+        Adapter::new(&mut rng, sites, Extras::default()).load(Precision::Quantised)
+    };
+    let adapters =
+        [adapter(&|_| [4, 4]), adapter(&|_| [9, 2]), adapter(&|layer| if layer == 0 { [4, 4] } else { [7, 0] })];
+    let rows = 24;
+    let x = CpuTensor::from_values(&random(&mut rng, rows * INPUTS, 1.0), INPUTS).expect("memory");
+    let batches = [
+        &[(12, Some(0)), (12, Some(1))][..],
+        &[(12, Some(1)), (12, Some(0))],
+        &[(3, Some(1)), (21, Some(0))],
+        &[(3, Some(1)), (20, None), (1, Some(0))],
+        &[(12, Some(0)), (12, Some(2))],
+        &[(12, Some(2)), (12, Some(2))],
+        &[(24, None)],
+        &[(24, Some(2))],
+        &[(12, Some(0)), (12, Some(1))],
+    ];
+    for threads in [1, 3] {
+        let pool = Pool::new(threads).expect("threads");
+        let mut kept = LoraScratch::default();
+        // Layers inside, as in a model whose other linears are not adapted: one plan follows the other directly.
+        for (modules, batch) in
+            [&fused[..], &alone].into_iter().flat_map(|modules| batches.map(|batch| (modules, batch)))
+        {
+            let mut row = 0;
+            let segment = |(rows, adapter): &(usize, Option<usize>)| {
+                row += rows;
+                LoraSegment { row: row - rows, rows: *rows, adapter: adapter.map(|i| &adapters[i]) }
+            };
+            let segments: Vec<_> = batch.iter().map(segment).collect();
+            for layer in 0..LAYERS as u32 {
+                let sites = spans(layer, modules);
+                let adapt = Adapt { sites: &sites, lora: LoraRows { segments: &segments }, bias: None };
+                let outputs = modules.last().expect("one").1.end;
+                let [found, afresh] = [&mut kept, &mut LoraScratch::default()].map(|scratch| {
+                    let zeros = vec![0.0; rows * outputs];
+                    let mut out = CpuTensor::from_values(&zeros, outputs).expect("memory");
+                    apply(&pool, Isa::detect(), adapt, &x, &mut out, scratch).expect("own pages");
+                    bits(out.values())
+                });
+                assert_eq!(found, afresh, "{batch:?}, layer {layer}, {} sites, {threads} threads", sites.len());
+                let some = batch.iter().any(|(_, adapter)| adapter.is_some_and(|i| i < 2));
+                assert!(!some || afresh.iter().any(|bits| *bits != 0), "adapters do something");
+            }
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! The inner loops of attention: a tile of queries against a group of key panels.
 
-use super::super::ahead::{LINE, ask};
+use super::super::ahead::ask;
+use super::super::pages::LINE;
 use super::super::vector_math::{Chunk, Element, Kernel, LANES, Simd, exp, load_part, store_part};
 
 /// Queries of a tile: enough that the keys of a group are read from memory once for many of them.
@@ -436,6 +437,7 @@ fn add_some<S: Simd, T: Element, const M: usize, const C: usize>(
         for lane in first..end {
             let place = lane * width + chunk;
             let row: &[Chunk<T>; C] = panels.values[panel][place..].first_chunk().expect("a whole row");
+            // As many bytes of keys as are read of values: a panel has as much of both.
             for c in (0..C).step_by(LINE.div_ceil(size_of::<Chunk<T>>())) {
                 ask(next.keys[panel].as_ptr().wrapping_add(place + c));
             }

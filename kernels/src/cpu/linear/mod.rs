@@ -44,12 +44,16 @@ pub(super) trait Beside: Sync {
     fn run(&self, pieces: Range<usize>);
 }
 
-/// Nothing beside.
-impl Beside for () {
-    fn share(&self, _: usize) -> Range<usize> {
-        0..0
+/// Perhaps nothing.
+impl<B: Beside> Beside for Option<B> {
+    fn share(&self, worker: usize) -> Range<usize> {
+        self.as_ref().map_or(0..0, |beside| beside.share(worker))
     }
-    fn run(&self, _: Range<usize>) {}
+    fn run(&self, pieces: Range<usize>) {
+        if let Some(beside) = self {
+            beside.run(pieces);
+        }
+    }
 }
 
 /// Pieces of other work that are taken at a time.

@@ -103,7 +103,7 @@ pub(super) struct Plan {
     made_for: Option<Key>,
     /// The spans' modules and outputs.
     spans: Vec<(Module, Range<usize>)>,
-    /// The rows' adapters and how many rows have each in turn: by their [`CpuAdapter::number`], 0 for none.
+    /// The rows' adapters and how many rows have each in turn, together all rows: by their [`CpuAdapter::number`], 0 for none.
     segments: Vec<(u64, usize)>,
     pub(super) jobs: Vec<Job>,
     pub(super) shrinks: Pieces,
@@ -115,14 +115,12 @@ pub(super) struct Plan {
 /// All that decides a plan but its spans and segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
-    rows: usize,
     threads: usize,
     bias: bool,
 }
 
 impl Plan {
-    /// Plans what the adapters of `rows` rows of `inputs` do at the sites of a linear; false when that is nothing, and then
-    /// what was planned before is left.
+    /// Plans what the adapters of `rows` rows of `inputs` do at the sites of a linear; false when that is nothing.
     ///
     /// # Errors
     /// [`KernelError::Page`] when an adapter's pages are not its own any more.
@@ -143,7 +141,7 @@ impl Plan {
         if !any {
             return Ok(false);
         }
-        let key = Key { rows, threads, bias: adapt.bias.is_some() };
+        let key = Key { threads, bias: adapt.bias.is_some() };
         let spans = adapt.sites.iter().map(|span| (span.site.module, span.outputs.clone()));
         let segments = adapt.lora.segments.iter();
         let segments = segments.map(|segment| (with_sites(segment).map_or(0, CpuAdapter::number), segment.rows));
