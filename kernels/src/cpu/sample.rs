@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use openlora_types::{Token, TokenLogprob};
 
 use super::pool::Disjoint;
-use super::vector_math::{Kernel, LANES, Simd, dispatch, exp};
+use super::vector_math::{Kernel, LANES, Simd, dispatch, exp_to_88};
 use super::{CpuTensor, Isa, Pool};
 use crate::reference::sample::{Draw, uniform};
 use crate::{SampleRow, SampledRow};
@@ -310,7 +310,7 @@ fn total<S: Simd>(simd: S, logits: &[f32], largest: f32) -> f64 {
     for block in (0..vectors).step_by(BLOCK) {
         let mut sum = simd.splat(0.0);
         for i in block..vectors.min(block + BLOCK) {
-            sum = simd.add(sum, exp(simd, simd.sub(vector(simd, logits, i), shift)));
+            sum = simd.add(sum, exp_to_88(simd, simd.sub(vector(simd, logits, i), shift)));
         }
         total += f64::from(simd.sum(sum));
     }

@@ -88,13 +88,18 @@ const LN2_LOW: f32 = -2.121_944_4e-4;
 const EXP_POLYNOMIAL: [f32; 5] = [0.499_999_94, 0.166_665_2, 0.041_668_39, 0.008_368_745, 0.001_381_454];
 
 /// e^x within 2 ulp for x in [-87.33, 88]; 0 below, e^88 above, NaN for NaN.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
+    // The constant first: a NaN in the second operand stays.
+    exp_to_88(simd, simd.min(simd.splat(EXP_HIGH), x))
+}
+
+/// [`exp`] for x that is at most 88, such as the distance of a score from the largest.
 ///
 /// x = n ln 2 + r with |r| <= ln 2 / 2, e^r by a polynomial, times 2^n by the exponent bits.
 #[inline(always)]
-pub(crate) fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
+pub(crate) fn exp_to_88<S: Simd>(simd: S, x: S::V) -> S::V {
     let vanishes = simd.at_least(simd.splat(EXP_LOW), x);
-    // The constant first: a NaN in the second operand stays.
-    let x = simd.min(simd.splat(EXP_HIGH), simd.max(simd.splat(EXP_LOW), x));
     let biased = simd.mul_add(x, simd.splat(std::f32::consts::LOG2_E), simd.splat(ROUND));
     let n = simd.sub(biased, simd.splat(ROUND));
     let r = simd.mul_add(n, simd.splat(-LN2_HIGH), x);

@@ -2,7 +2,7 @@
 
 use super::super::ahead::ask;
 use super::super::pages::LINE;
-use super::super::vector_math::{Chunk, Element, Kernel, LANES, Simd, exp, load_part, store_part};
+use super::super::vector_math::{Chunk, Element, Kernel, LANES, Simd, exp_to_88, load_part, store_part};
 
 /// Queries of a tile: enough that the keys of a group are read from memory once for many of them.
 pub(super) const TILE_ROWS: usize = 24;
@@ -104,8 +104,8 @@ impl Running {
                 continue;
             }
             let largest = if its > mine { its } else { mine };
-            let old = exp(simd, simd.splat(mine - largest));
-            let new = exp(simd, simd.splat(its - largest));
+            let old = exp_to_88(simd, simd.splat(mine - largest));
+            let new = exp_to_88(simd, simd.splat(its - largest));
             self.largest[row] = largest;
             let mine = std::iter::once(&mut self.sums[row]).chain(&mut self.values[values.clone()]);
             let its = std::iter::once(&later.sums[row]).chain(&later.values[values]);
@@ -236,11 +236,7 @@ impl<T: Element, const M: usize, const P: usize, const C: usize> Kernel for SetO
             score::<S, T, M, 1>(simd, (queries, tile.head_dim), panels, panel, scores);
             panel += 1;
         }
-        for row in 0..M {
-            if visible[row].0 < visible[row].1 {
-                soften(simd, &mut scores[row], visible[row], &panels.tokens, running, set.first + row);
-            }
-        }
+        soften(simd, scores, &visible, &panels.tokens, (running, set.first));
         let width = running.width;
         let values = &mut running.values[set.first * width..][..M * width];
         add_values::<S, T, M, C>(simd, scores, (panels, next), &visible, values);
@@ -287,21 +283,64 @@ fn score<S: Simd, T: Element, const M: usize, const P: usize>(
     }
 }
 
-/// Turns a row's scores into weights relative to the largest so far, and brings what was summed before to the same scale.
-/// Lanes outside `visible` become 0 and are not counted.
+/// Turns the scores of `M` rows into weights relative to each row's largest so far, and brings what was summed before to the
+/// same scale. Lanes outside `visible` become 0 and are not counted.
+///
+/// All rows go through each stage together: one row's largest score takes long to find but keeps few units busy, and whether
+/// it is a new largest is not foreseeable.
 #[inline(always)]
-fn soften<S: Simd>(
+fn soften<S: Simd, const M: usize>(
+    simd: S,
+    scores: &mut [[Chunk<f32>; TILE_PANELS]; M],
+    visible: &[(usize, usize); M],
+    tokens: &[usize; TILE_PANELS],
+    (running, first): (&mut Running, usize),
+) {
+    let mut found = [f32::NEG_INFINITY; LANES];
+    for row in 0..M {
+        found[row] = largest_visible(simd, &mut scores[row], visible[row], tokens);
+    }
+    let largest = &mut running.largest[first..first + M];
+    let before = load_part(simd, largest);
+    // In this order a NaN that was found is passed over; its row becomes NaN by its weight.
+    let after = simd.max(simd.load(&found), before);
+    let same = simd.at_least(before, after);
+    if simd.bits(same) != (1 << LANES) - 1 {
+        store_part(simd, after, largest);
+        let mut scale = [0.0; LANES];
+        simd.store(simd.select(same, simd.splat(1.0), exp_to_88(simd, simd.sub(before, after))), &mut scale);
+        let width = running.width;
+        for (row, scale) in scale[..M].iter().enumerate() {
+            let (sum, scale) = (&mut running.sums[first + row], simd.splat(*scale));
+            simd.store(simd.mul(simd.load(sum), scale), sum);
+            for value in &mut running.values[(first + row) * width..][..width] {
+                simd.store(simd.mul(simd.load(value), scale), value);
+            }
+        }
+    }
+    for row in 0..M {
+        let shift = simd.splat(running.largest[first + row]);
+        let mut sum = simd.load(&running.sums[first + row]);
+        for score in &mut scores[row][visible[row].0 / LANES..visible[row].1.div_ceil(LANES)] {
+            let weight = exp_to_88(simd, simd.sub(simd.load(score), shift));
+            simd.store(weight, score);
+            sum = simd.add(sum, weight);
+        }
+        simd.store(sum, &mut running.sums[first + row]);
+    }
+}
+
+/// The largest of a row's visible scores, -inf when there is none. Lanes outside `visible` become -inf.
+#[inline(always)]
+fn largest_visible<S: Simd>(
     simd: S,
     scores: &mut [Chunk<f32>; TILE_PANELS],
     visible: (usize, usize),
     tokens: &[usize; TILE_PANELS],
-    running: &mut Running,
-    row: usize,
-) {
-    let (first, end) = (visible.0 / LANES, visible.1.div_ceil(LANES));
+) -> f32 {
     let nothing = simd.splat(f32::NEG_INFINITY);
     let mut largest = [nothing; 2];
-    for panel in first..end {
+    for panel in visible.0 / LANES..visible.1.div_ceil(LANES) {
         let (from, to) = lanes(visible, panel, tokens);
         let mut score = simd.load(&scores[panel]);
         if to - from < LANES {
@@ -310,28 +349,7 @@ fn soften<S: Simd>(
         }
         largest[panel & 1] = simd.max(largest[panel & 1], score);
     }
-    let before = running.largest[row];
-    let largest = simd.largest(simd.max(largest[0], largest[1]));
-    let mut sum = simd.load(&running.sums[row]);
-    if largest > before {
-        running.largest[row] = largest;
-    }
-    // The first time there is nothing to bring to the new scale.
-    if largest > before && before > f32::NEG_INFINITY {
-        let scale = exp(simd, simd.splat(before - largest));
-        sum = simd.mul(sum, scale);
-        let width = running.width;
-        for value in &mut running.values[row * width..(row + 1) * width] {
-            simd.store(simd.mul(simd.load(value), scale), value);
-        }
-    }
-    let shift = simd.splat(if largest > before { largest } else { before });
-    for score in &mut scores[first..end] {
-        let weight = exp(simd, simd.sub(simd.load(score), shift));
-        simd.store(weight, score);
-        sum = simd.add(sum, weight);
-    }
-    simd.store(sum, &mut running.sums[row]);
+    simd.largest(simd.max(largest[0], largest[1]))
 }
 
 /// The lanes of `panel` that are tokens within `visible`.

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use openlora_types::{SamplingParams, Token};
 
-use super::super::vector_math::{LANES, Simd, exp};
+use super::super::vector_math::{LANES, Simd, exp_to_88};
 use super::{BLOCK, first_at_least, largest, vector};
 
 /// What may be drawn.
@@ -114,7 +114,7 @@ impl Keeper {
     /// The weights of vector `i`'s tokens: `e^((x - largest) / temperature)`.
     #[inline(always)]
     fn weights<S: Simd>(&self, simd: S, logits: &[f32], i: usize) -> S::V {
-        exp(simd, self.distances(simd, logits, i))
+        exp_to_88(simd, self.distances(simd, logits, i))
     }
 
     /// The weight of one block.
@@ -163,7 +163,7 @@ impl Keeper {
             }
             let (mut logit_lanes, mut weight_lanes) = ([0.0; LANES], [0.0; LANES]);
             simd.store(vector(simd, logits, i), &mut logit_lanes);
-            simd.store(exp(simd, distances), &mut weight_lanes);
+            simd.store(exp_to_88(simd, distances), &mut weight_lanes);
             while found != 0 {
                 let lane = found.trailing_zeros() as usize;
                 found &= found - 1;
