@@ -284,7 +284,8 @@ fn score<S: Simd, T: Element, const M: usize, const P: usize>(
 }
 
 /// Turns the scores of `M` rows into weights relative to each row's largest so far, and brings what was summed before to the
-/// same scale. Lanes outside `visible` become 0 and are not counted.
+/// same scale. Lanes outside `visible` become 0 and are not counted; a row that sees nothing of the group, whose range is empty at
+/// one of the group's ends, keeps what it has.
 ///
 /// All rows go through each stage together: one row's largest score takes long to find but keeps few units busy, and whether
 /// it is a new largest is not foreseeable.
