@@ -106,6 +106,16 @@ pub enum KernelError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// The GPU, its driver or one of its libraries refused; the device may not be usable any more.
+    #[error("{device}: {what}: {reason}")]
+    Device {
+        /// Which device, as `cuda:0`.
+        device: String,
+        /// What was being done.
+        what: String,
+        /// What the driver said.
+        reason: String,
+    },
     /// The thread pool could not be made.
     #[error("{threads} kernel threads: {reason}")]
     Threads {

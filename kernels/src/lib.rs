@@ -11,6 +11,7 @@
 mod backend;
 pub mod conformance;
 pub mod cpu;
+pub mod cuda;
 mod error;
 pub mod mapped;
 pub mod reference;

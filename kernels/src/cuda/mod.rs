@@ -1,0 +1,5 @@
+//! The CUDA backend.
+
+pub mod device;
+pub mod step;
+pub mod tensor;
