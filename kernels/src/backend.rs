@@ -90,10 +90,26 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     /// Memory.
-    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError>;
+    fn new_tensor(&self, numbers: Numbers, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError>;
 
     /// The rows of a tensor, copied to the host as f32: for tests and logits inspection, not for the step.
     fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32>;
+
+    /// Runs one forward pass: `run` calls the operations, on tensors that `scope` identifies. A backend may write down what it is
+    /// given here once for all of them, and where every sequence has one row it may record what `run` enqueues and enqueue that
+    /// again for other steps like it instead of calling `run`.
+    ///
+    /// # Errors
+    /// A device failure, or what `run` returns.
+    fn forward(
+        &self,
+        scope: &ForwardScope<'_, Self>,
+        pages: &mut Self::Pages,
+        run: &mut dyn FnMut(&mut Self::Pages) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let _ = scope;
+        run(pages)
+    }
 
     /// `out[i] = table[tokens[i]] (+ scale * B A[:, tokens[i]])`, `out: [tokens, hidden]`.
     ///
@@ -185,6 +201,27 @@ pub trait Backend: Send + Sync + 'static {
         rows: &[SampleRow<'_>],
         out: &mut Vec<SampledRow>,
     ) -> Result<(), KernelError>;
+}
+
+/// How the numbers of a tensor are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    /// As the backend multiplies: 16 bits on a GPU, f32 on the CPU.
+    Activation,
+    /// f32 on every backend: the residual stream, to which every layer adds, and logits.
+    F32,
+}
+
+/// One forward pass over a model's layers.
+pub struct ForwardScope<'a, B: Backend + ?Sized> {
+    /// The same for passes over the same tensors, different for all others.
+    pub tensors: u64,
+    /// The rows.
+    pub rows: &'a StepRows<'a>,
+    /// Their adapters.
+    pub lora: &'a LoraRows<'a, B::Adapter>,
+    /// Whether the hidden rows after the final norm are wanted of all rows.
+    pub all_wanted: bool,
 }
 
 /// Attention's sizes, the same for all layers of a model.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::reference;
 use crate::reference::dequantise::dequantise_row;
-use crate::{Backend, BlockFormat, LinearSpec, LoraRows, Precision, TensorSource};
+use crate::{Backend, BlockFormat, LinearSpec, LoraRows, Numbers, Precision, TensorSource};
 
 /// Inputs of a block that quantised backends give one activation scale at most.
 const BLOCK: usize = 32;
@@ -98,7 +98,7 @@ impl RandomMatrix {
 /// When the backend fails.
 pub fn upload<B: Backend>(backend: &B, values: &[f32], width: usize) -> B::Tensor {
     let rows = values.len() / width;
-    let mut tensor = backend.new_tensor(rows.max(1), width).expect("memory");
+    let mut tensor = backend.new_tensor(Numbers::Activation, rows.max(1), width).expect("memory");
     upload_into(backend, values, width, &mut tensor);
     tensor
 }
@@ -226,7 +226,7 @@ pub fn linear_rows<B: Backend>(backend: &B, rows: &[usize]) -> Vec<Vec<u32>> {
     let linear = backend.load_linear(&spec).expect("a sound linear");
     let values: Vec<f32> = rows.iter().flat_map(|row| &all[row * INPUTS..(row + 1) * INPUTS]).copied().collect();
     let x = upload(backend, &values, INPUTS);
-    let mut out = backend.new_tensor(rows.len(), 187).expect("memory");
+    let mut out = backend.new_tensor(Numbers::Activation, rows.len(), 187).expect("memory");
     backend.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
     backend.read_tensor(&out).chunks_exact(187).map(|row| row.iter().map(|value| value.to_bits()).collect()).collect()
 }

@@ -18,8 +18,8 @@ pub mod reference;
 mod tensor_source;
 
 pub use backend::{
-    AttentionSpec, Backend, LayerAttention, LoraRows, LoraSegment, RopeTable, SampleRow, SampledRow, SequenceRows,
-    StepRows,
+    AttentionSpec, Backend, ForwardScope, LayerAttention, LoraRows, LoraSegment, Numbers, RopeTable, SampleRow,
+    SampledRow, SequenceRows, StepRows,
 };
 pub use error::KernelError;
 pub use tensor_source::{BlockFormat, LinearSpec, Precision, SiteSpan, TensorSource};

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use openlora_kernels::cpu::Cpu;
 use openlora_kernels::{
-    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, SampleRow, SampledRow, StepRows,
-    TensorSource,
+    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, SampleRow, SampledRow,
+    StepRows, TensorSource,
 };
 use openlora_types::{AdapterSizes, AdapterWeights, Token};
 
@@ -224,8 +224,8 @@ impl Backend for Probe {
         self.cpu.take_pages(pool, pages)
     }
 
-    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError> {
-        self.cpu.new_tensor(rows_max, width)
+    fn new_tensor(&self, numbers: Numbers, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError> {
+        self.cpu.new_tensor(numbers, rows_max, width)
     }
 
     fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32> {

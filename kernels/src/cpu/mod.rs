@@ -27,8 +27,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use openlora_types::{AdapterSizes, AdapterWeights, Token};
 
 use crate::{
-    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Precision, SampleRow, SampledRow,
-    StepRows, TensorSource,
+    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, Precision, SampleRow,
+    SampledRow, StepRows, TensorSource,
 };
 use attention::{Attend, AttentionScratch};
 use embed::CpuEmbedding;
@@ -181,7 +181,7 @@ impl Backend for Cpu {
         pool.take(pages)
     }
 
-    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<CpuTensor, KernelError> {
+    fn new_tensor(&self, _numbers: Numbers, rows_max: usize, width: usize) -> Result<CpuTensor, KernelError> {
         self.scratch().grow(self.pool.threads(), rows_max, 0)?;
         CpuTensor::new(rows_max, width)
     }
