@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use openlora_kernels::{
-    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, SampleRow, SampledRow,
-    StepRows, TensorSource,
+    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, RopeTable, SampleRow,
+    SampledRow, StepRows, TensorSource,
 };
 use openlora_types::{AdapterSizes, AdapterWeights, Module, Token};
 
@@ -117,6 +117,7 @@ impl<B: Backend> Backend for Timed<B> {
     type Linear = TimedLinear<B::Linear>;
     type Embedding = B::Embedding;
     type Vector = B::Vector;
+    type Rope = B::Rope;
     type Adapter = B::Adapter;
     type Pages = B::Pages;
     type PageSet = B::PageSet;
@@ -148,6 +149,10 @@ impl<B: Backend> Backend for Timed<B> {
 
     fn load_vector(&self, values: &[f32]) -> Result<B::Vector, KernelError> {
         self.backend.load_vector(values)
+    }
+
+    fn load_rope(&self, table: &RopeTable) -> Result<B::Rope, KernelError> {
+        self.backend.load_rope(table)
     }
 
     fn load_adapter(

@@ -14,6 +14,8 @@ pub trait Backend: Send + Sync + 'static {
     type Embedding: Send + Sync;
     /// A loaded vector, such as a norm's weight.
     type Vector: Send + Sync;
+    /// A loaded table of rotary angles.
+    type Rope: Send + Sync;
     /// One adapter generation, resident.
     type Adapter: Send + Sync;
     /// The pool of pages: KV blocks of all layers, and adapters.
@@ -48,6 +50,12 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// Memory.
     fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
+
+    /// Copies a table of angles to the device.
+    ///
+    /// # Errors
+    /// Memory.
+    fn load_rope(&self, table: &RopeTable) -> Result<Self::Rope, KernelError>;
 
     /// Makes an adapter resident: writes its factors into `pages`, which are the adapter's from then on. Runs on any thread,
     /// beside operations on the pool. `output_scales[i]` is, for a DoRA site `weights.sites[i]`, the `[outputs]` factor
@@ -248,7 +256,7 @@ pub struct LayerAttention<'a, B: Backend + ?Sized> {
     /// Tokens a row sees, itself included; `None` sees all before it.
     pub window: Option<usize>,
     /// Rotary frequencies.
-    pub rope: &'a RopeTable,
+    pub rope: &'a B::Rope,
     /// Weights of the q and k head norms, `[head_dim]` each.
     pub qk_norm: Option<(&'a B::Vector, &'a B::Vector)>,
 }
