@@ -3,3 +3,4 @@
 pub mod device;
 pub mod step;
 pub mod tensor;
+pub mod weights;
