@@ -28,5 +28,9 @@ pub const KERNELS: &[Source] = sources!("csrc":
 /// What NVRTC is given for an architecture, such as `sm_90a`.
 #[must_use]
 pub fn nvrtc_options(architecture: &str) -> Vec<String> {
-    vec![format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "--default-device".into()]
+    vec![
+        format!("--gpu-architecture={architecture}"),
+        "--std=c++17".into(),
+        "--device-as-default-execution-space".into(),
+    ]
 }

@@ -11,7 +11,7 @@ use openlora_kernels::cuda::sources::Source;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::support::{sanitised, sanitised_fails};
+use crate::support::{emulated, emulated_with, sanitised, sanitised_fails};
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -390,5 +390,21 @@ fn a_launch_that_a_gpu_refuses_is_refused() {
         // SAFETY: refused, as the allocation is shorter.
         let beyond = unsafe { device.write(Stream::Compute, memory.address().plus(60), &[0; 5]) };
         assert!(beyond.expect_err("beyond the end").to_string().contains("not inside an allocation"));
+    });
+}
+
+#[test]
+fn the_products_kernels_are_all_loaded() {
+    sanitised(|| {
+        for multiprocessors in [1, 7, 132] {
+            assert_eq!(emulated_with(multiprocessors).properties().multiprocessors, multiprocessors);
+        }
+        let device = emulated();
+        assert_eq!(device.properties().multiprocessors, 7);
+        let memory = Memory::new(&device, 64).expect("memory");
+        let free = device.memory_free().expect("memory");
+        assert!(matches!(Memory::new(&device, free + 1), Err(KernelError::OutOfMemory { .. })));
+        drop(memory);
+        assert_eq!(device.memory_free().expect("memory"), free + 64);
     });
 }
