@@ -157,6 +157,26 @@ fn a_forgotten_wait_gives_poison() {
 }
 
 #[test]
+fn ldmatrix_has_what_was_written_before_a_barrier_only() {
+    sanitised(|| {
+        let device = probe();
+        for synced in [true, false] {
+            let out = Memory::new(&device, 512).expect("memory");
+            let params = numbers(&out, &out, u32::from(synced));
+            launch(&device, &Launch::new("probe_rows", [1, 1], 32, &params).shared(512)).expect("launch");
+            let found = out.read::<u32>(0, 128).expect("read");
+            // Lane l of matrix m has word l % 4 of the row that lane 8 m + l / 4 names.
+            let expected: Vec<u32> = (0..128).map(|i| (31 - (i / 32 * 8 + i % 32 / 4)) * 4 + i % 4).collect();
+            if synced {
+                assert_eq!(found, expected);
+            } else {
+                assert!(found.contains(&u32::MAX), "every lane found its row complete: {found:?}");
+            }
+        }
+    });
+}
+
+#[test]
 fn a_wait_leaves_the_last_groups_pending() {
     sanitised(|| {
         let device = probe();
