@@ -428,3 +428,39 @@ fn the_products_kernels_are_all_loaded() {
         assert_eq!(device.memory_free().expect("memory"), free + 64);
     });
 }
+
+#[test]
+fn copies_are_late_unless_something_waits_for_them() {
+    sanitised(|| {
+        let device = probe();
+        let memory = Memory::holding(&device, &[0_u32; 4]).expect("memory");
+        let seen = || memory.read::<u32>(0, 4).expect("read");
+        let copy = |at: usize, value: u32| {
+            // SAFETY: within the allocation.
+            unsafe { device.write(Stream::Copy, memory.address().plus(at * 4), bytemuck::bytes_of(&value)) }
+                .expect("write");
+        };
+        copy(0, 1);
+        copy(1, 2);
+        let event = device.record(Stream::Copy).expect("record");
+        copy(2, 3);
+        assert_eq!(seen(), [0; 4], "nothing has waited");
+        let other = device.record(Stream::Compute).expect("record");
+        device.wait(Stream::Copy, &other).expect("wait");
+        assert_eq!(seen(), [0; 4], "the other way round");
+        device.wait(Stream::Compute, &event).expect("wait");
+        assert_eq!(seen(), [1, 2, 0, 0], "up to the event");
+        device.wait(Stream::Compute, &event).expect("wait");
+        assert_eq!(seen(), [1, 2, 0, 0], "it has been passed");
+        device.synchronise().expect("synchronise");
+        assert_eq!(seen(), [1, 2, 3, 0]);
+        copy(3, 4);
+        // SAFETY: within the allocation.
+        unsafe { device.read(Stream::Copy, memory.address(), &mut [0; 4]) }.expect("read");
+        assert_eq!(seen(), [1, 2, 3, 4], "a read of that stream waits for it");
+        copy(3, 5);
+        let late = device.record(Stream::Copy).expect("record");
+        device.wait(Stream::Compute, &late).expect("wait");
+        assert_eq!(seen(), [1, 2, 3, 5]);
+    });
+}
