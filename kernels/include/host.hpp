@@ -20,13 +20,16 @@
 #include <sys/mman.h>
 
 #include <exception>
+#include <memory>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__)
+#if defined(__x86_64__)
+#define HOST_ASSEMBLY
+#else
 #include <ucontext.h>
 #endif
 
@@ -42,6 +45,9 @@ struct HostLaunch {
   u64 message_bytes;
 };
 
+// The machinery itself is not looked at by the sanitisers: it would take most of the time.
+#define HOST_PLAIN __attribute__((no_sanitize("address", "undefined")))
+
 namespace host {
 
 struct Index {
@@ -53,7 +59,10 @@ struct Site {
   const char* what;
   const char* file;
   u32 line;
-  bool same(const Site& other) const { return line == other.line && !strcmp(what, other.what) && !strcmp(file, other.file); }
+  HOST_PLAIN bool same(const Site& other) const {
+    auto equal = [](const char* a, const char* b) { return a == b || !strcmp(a, b); };
+    return line == other.line && equal(what, other.what) && equal(file, other.file);
+  }
 };
 
 struct Copy {
@@ -62,7 +71,7 @@ struct Copy {
   u32 bytes;
 };
 
-#if defined(__x86_64__)
+#ifdef HOST_ASSEMBLY
 using Context = void*;  // the stack pointer; registers lie above it
 #else
 using Context = ucontext_t;
@@ -90,8 +99,10 @@ struct Meeting {
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t STACK_BYTES = 512 << 10;
 #else
-constexpr size_t STACK_BYTES = 128 << 10;
+constexpr size_t STACK_BYTES = 192 << 10;
 #endif
+// Stacks begin at different places of a page: the cache has few places for lines at the same one.
+constexpr size_t STACK_STEP = 448, STACK_STEPS = 128;
 constexpr size_t GUARD_BYTES = 64 << 10;
 constexpr size_t FENCE_BYTES = 128;
 
@@ -113,7 +124,8 @@ struct Machine {
   bool failed;
   u64 random;
   std::vector<Fiber> fibers;
-  std::vector<Fiber*> ready;
+  Fiber* ready[1024];
+  u32 ready_count;
   std::vector<Meeting> warps;
   Meeting barrier;
   Context scheduler;
@@ -127,7 +139,7 @@ struct Machine {
       munmap(fiber.stack - GUARD_BYTES, STACK_BYTES + GUARD_BYTES);
     }
   }
-  u32 draw(u32 below) {
+  HOST_PLAIN u32 draw(u32 below) {  // 0 to below - 1
     random ^= random << 13;
     random ^= random >> 7;
     random ^= random << 17;
@@ -139,7 +151,7 @@ struct Machine {
 static thread_local Machine* machine = nullptr;
 static thread_local Fiber* self = nullptr;
 
-#if defined(__x86_64__)
+#ifdef HOST_ASSEMBLY
 // Saves what a function must preserve, changes the stack, and goes on where that one was left.
 extern "C" __attribute__((visibility("hidden"))) void openlora_switch(void** leave, void* enter);
 asm(R"(
@@ -166,8 +178,8 @@ openlora_switch:
 .size openlora_switch, .-openlora_switch
 )");
 inline void switch_context(Context& leave, Context& enter) { openlora_switch(&leave, enter); }
-inline void start_context(Context& context, u8* stack, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + STACK_BYTES);
+inline void start_context(Context& context, u8*, u8* stack, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack);
   top[-1] = nullptr;  // where a backtrace ends
   top[-2] = reinterpret_cast<void*>(entry);
   for (int i = 3; i <= 8; i++) top[-i] = nullptr;
@@ -175,16 +187,16 @@ inline void start_context(Context& context, u8* stack, void (*entry)()) {
 }
 #else
 inline void switch_context(Context& leave, Context& enter) { swapcontext(&leave, &enter); }
-inline void start_context(Context& context, u8* stack, void (*entry)()) {
+inline void start_context(Context& context, u8* stack, u8* end, void (*entry)()) {
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = STACK_BYTES;
+  context.uc_stack.ss_size = static_cast<size_t>(end - stack);
   context.uc_link = nullptr;
   makecontext(&context, entry, 0);
 }
 #endif
 
-inline void enter_fiber(Fiber* fiber) {
+HOST_PLAIN inline void enter_fiber(Fiber* fiber) {
   self = fiber;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine->fake_stack, fiber->stack, STACK_BYTES);
@@ -197,7 +209,7 @@ inline void enter_fiber(Fiber* fiber) {
 }
 
 // Back to the scheduler, until it picks this thread again.
-inline void leave_fiber(bool for_good = false) {
+HOST_PLAIN inline void leave_fiber(bool for_good = false) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, machine->scheduler_stack, machine->scheduler_stack_bytes);
 #endif
@@ -247,7 +259,7 @@ inline void fiber_entry() {
 }
 
 // Waits at a place in the source, and notices who comes to another one. True for the last.
-inline bool arrive(Meeting& meeting, u32 expected, const Site& site) {
+HOST_PLAIN inline bool arrive(Meeting& meeting, u32 expected, const Site& site) {
   if (meeting.arrived > 0 && !meeting.site.same(site)) {
     HOST_FAIL("is at %s (%s:%u) while others wait at %s (%s:%u)", site.what, site.file, site.line, meeting.site.what,
               meeting.site.file, meeting.site.line);
@@ -258,21 +270,25 @@ inline bool arrive(Meeting& meeting, u32 expected, const Site& site) {
   return ++meeting.arrived == expected;
 }
 
-inline void release(Meeting& meeting, u32 first, u32 count) {
+HOST_PLAIN inline void release(Meeting& meeting, u32 first, u32 count) {
   meeting.arrived = 0;
-  for (u32 i = first; i < first + count; i++) {
-    machine->fibers[i].waits = false;
-    machine->ready.push_back(&machine->fibers[i]);
+  // Warps from an arbitrary one on.
+  u32 turn = count > WARP ? machine->draw(count / WARP) * WARP : 0;
+  for (u32 i = 0; i < count; i++) {
+    u32 at = i + turn < count ? i + turn : i + turn - count;
+    Fiber& fiber = machine->fibers[first + at];
+    fiber.waits = false;
+    machine->ready[machine->ready_count++] = &fiber;
   }
 }
 
-inline void sync_block(const Site& site) {
+HOST_PLAIN inline void sync_block(const Site& site) {
   if (arrive(machine->barrier, machine->threads.x, site)) release(machine->barrier, 0, machine->threads.x);
   leave_fiber();
 }
 
 // The last lane to arrive does the work for all: `combine` has what each lane brought, by its number.
-inline void sync_warp(const Site& site, u32 mask, void* payload = nullptr, void (*combine)(void* const (&lanes)[WARP]) = nullptr) {
+HOST_PLAIN inline void sync_warp(const Site& site, u32 mask, void* payload = nullptr, void (*combine)(void* const (&lanes)[WARP]) = nullptr) {
   if (mask != ALL_LANES) HOST_FAIL("%s (%s:%u) with mask %08x, which is not full", site.what, site.file, site.line, mask);
   u32 warp = self->thread.x / WARP;
   self->payload = payload;
@@ -312,11 +328,11 @@ inline void report_stuck() {
          first->site.what, first->site.file, first->site.line, more);
 }
 
-inline void run_block() {
+HOST_PLAIN inline void run_block() {
   Machine& m = *machine;
   memset(m.shared - FENCE_BYTES, 0xA5, FENCE_BYTES);
   memset(m.shared, 0xFF, m.launch->shared_bytes);
-  m.ready.clear();
+  m.ready_count = 0;
   m.barrier.arrived = 0;
   m.warps.assign(m.threads.x / WARP, Meeting{});
   for (u32 i = 0; i < m.threads.x; i++) {
@@ -325,15 +341,18 @@ inline void run_block() {
     fiber.ended = fiber.waits = false;
     fiber.copies.clear();
     fiber.groups.clear();
-    unmark(fiber.stack + STACK_BYTES - 4096, 4096);
-    start_context(fiber.context, fiber.stack, fiber_entry);
-    m.ready.push_back(&fiber);
+    u8* end = fiber.stack + STACK_BYTES - i % STACK_STEPS * STACK_STEP;
+    unmark(end - 4096, 4096);
+    start_context(fiber.context, fiber.stack, end, fiber_entry);
   }
-  while (!m.ready.empty() && !m.failed) {
-    u32 pick = m.draw(static_cast<u32>(m.ready.size()));
+  release(m.barrier, 0, m.threads.x);
+  // In most blocks one warp runs ahead of the others as far as it can, in the others threads are drawn from all warps.
+  u32 among = m.draw(4) ? WARP : ~0u;
+  while (m.ready_count > 0 && !m.failed) {
+    u32 last = m.ready_count - 1, pick = last - m.draw(last < among ? last + 1 : among);
     Fiber* fiber = m.ready[pick];
-    m.ready[pick] = m.ready.back();
-    m.ready.pop_back();
+    m.ready[pick] = m.ready[last];
+    m.ready_count = last;
     enter_fiber(fiber);
   }
   for (u32 i = 0; i < m.threads.x && !m.failed; i++) {
@@ -344,9 +363,11 @@ inline void run_block() {
   }
 }
 
+// Behind a pointer: a library loaded late has little room for what every thread has one of.
 inline Machine& machine_of_this_thread() {
-  static thread_local Machine mine{};
-  return mine;
+  static thread_local std::unique_ptr<Machine> mine;
+  if (!mine) mine = std::make_unique<Machine>();
+  return *mine;
 }
 
 inline void make_fibers(Machine& m, u32 count) {
@@ -598,7 +619,7 @@ inline u16 half_of(u32 word, u32 which) { return static_cast<u16>(word >> 16 * w
 //   b[0]: k 2t, column g    b[1]: k 2t + 8, column g
 //   d[0], d[1]: row g, columns 2t and 2t + 1    d[2], d[3]: row g + 8
 template <typename T>
-void mma(void* const (&lanes)[WARP]) {
+HOST_PLAIN void mma(void* const (&lanes)[WARP]) {
   float a[16][16], b[16][8];
   for (u32 lane = 0; lane < WARP; lane++) {
     const Mma& mine = *static_cast<Mma*>(lanes[lane]);
@@ -617,18 +638,19 @@ void mma(void* const (&lanes)[WARP]) {
   }
 }
 
+// A lane brings what its row holds when it arrives: what another lane writes later, without a barrier between, is not in it.
 struct Matrices {
   u32* to;
-  const u8* row;
+  u16 row[8];
 };
 template <bool trans>
-void load_matrices(void* const (&lanes)[WARP]) {
+HOST_PLAIN void load_matrices(void* const (&lanes)[WARP]) {
   for (u32 lane = 0; lane < WARP; lane++) {
     for (u32 matrix = 0; matrix < 4; matrix++) {
       u16 pair[2];
       for (u32 i = 0; i < 2; i++) {
         u32 row = trans ? lane % 4 * 2 + i : lane / 4, column = trans ? lane / 4 : lane % 4 * 2 + i;
-        memcpy(&pair[i], static_cast<Matrices*>(lanes[matrix * 8 + row])->row + column * 2, 2);
+        pair[i] = static_cast<Matrices*>(lanes[matrix * 8 + row])->row[column];
       }
       static_cast<Matrices*>(lanes[lane])->to[matrix] = static_cast<u32>(pair[1]) << 16 | pair[0];
     }
@@ -638,7 +660,8 @@ template <bool trans>
 void ldmatrix(const Site& site, u32 (&r)[4], const void* row) {
   if (!in_shared(row, 16)) HOST_FAIL("%s (%s:%u) of a row that is not in shared memory", site.what, site.file, site.line);
   if (reinterpret_cast<u64>(row) % 16) HOST_FAIL("%s (%s:%u) of a row that is not aligned to 16 bytes", site.what, site.file, site.line);
-  Matrices mine{r, static_cast<const u8*>(row)};
+  Matrices mine{r, {}};
+  memcpy(mine.row, row, sizeof mine.row);
   sync_warp(site, ALL_LANES, &mine, load_matrices<trans>);
 }
 
@@ -683,6 +706,6 @@ inline void async_wait() {
     for (size_t& end : me.groups) end -= copies;
   }
   // Only this thread's copies are there now: let the others look before a barrier.
-  ::host::machine->ready.push_back(&me);
+  ::host::machine->ready[::host::machine->ready_count++] = &me;
   ::host::leave_fiber();
 }

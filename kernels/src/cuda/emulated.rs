@@ -1,14 +1,15 @@
 //! A CUDA device on the host, for tests where there is no GPU.
 //!
-//! The kernels' own sources, compiled by g++ against `include/host.hpp`, run when they are enqueued. What a GPU leaves undefined
-//! is made to show: fresh memory is full of NaN, allocations are exactly as large as asked for (so that the address sanitiser
-//! sees what goes beyond), threads and blocks run in shuffled orders (see `host.hpp`).
+//! The kernels' own sources, compiled by g++ against `include/host.hpp`, run when they are enqueued on [`Stream::Compute`]. What a
+//! GPU leaves undefined is made to show: fresh memory is full of NaN, allocations are exactly as large as asked for (so that the
+//! address sanitiser sees what goes beyond), threads and blocks run in shuffled orders (see `host.hpp`), and what is enqueued on
+//! [`Stream::Copy`] happens as late as it may: when something waits for it.
 //!
 //! Each file of kernels becomes one shared library in a folder beside the running program, named by a hash of everything that
 //! went into it, so that the processes of a test run build it once. With `OPENLORA_SANITISED` set, it is built with the address
 //! and undefined-behaviour sanitisers; the process must then have been started with their runtime preloaded.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -74,6 +75,10 @@ struct State {
     /// Launches so far: each runs its threads in another order.
     launches: u64,
     capture: Option<Capture>,
+    /// On the stream of copies, and not done yet.
+    late: VecDeque<Work>,
+    /// How much has been done there.
+    late_done: u64,
 }
 
 #[derive(Debug)]
@@ -87,6 +92,14 @@ enum Work {
     Launch { kernel: String, grid: [u32; 2], threads: u32, shared_bytes: u32, params: Vec<u8> },
     Gemm(Gemm),
     Zero { at: Address, bytes: usize },
+    Write { to: Address, bytes: Vec<u8> },
+}
+
+/// A point in a stream: so much had been enqueued on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Event {
+    stream: Stream,
+    enqueued: u64,
 }
 
 /// What was recorded.
@@ -135,14 +148,48 @@ impl Emulated {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds to what is being recorded; hands the work back when nothing is.
-    fn recorded(&self, stream: Stream, work: Work) -> Option<Work> {
-        match &mut self.state().capture {
-            Some(capture) if stream == Stream::Compute && capture.thread == thread::current().id() => {
-                capture.work.push(work);
-                None
+    /// Runs the work, or keeps it: for the recording that is under way, or until something waits for the stream of copies.
+    ///
+    /// # Safety
+    /// As for what is run.
+    unsafe fn enqueue(&self, stream: Stream, work: Work) -> Result<(), KernelError> {
+        let mut state = self.state();
+        match (&mut state.capture, stream) {
+            (_, Stream::Copy) => state.late.push_back(work),
+            (Some(capture), Stream::Compute) if capture.thread == thread::current().id() => capture.work.push(work),
+            (_, Stream::Compute) => {
+                drop(state);
+                // SAFETY: the caller's promise.
+                unsafe { self.run(&work)? };
             }
-            _ => Some(work),
+        }
+        Ok(())
+    }
+
+    /// Does what was enqueued on the stream of copies, up to a point.
+    fn catch_up(&self, enqueued: u64) -> Result<(), KernelError> {
+        loop {
+            let work = {
+                let mut state = self.state();
+                if state.late_done >= enqueued {
+                    return Ok(());
+                }
+                state.late_done += 1;
+                state.late.pop_front()
+            };
+            let Some(work) = work else { return Ok(()) };
+            // SAFETY: whoever enqueued it promised that what it needs lives until it is done, and memory is given back only
+            // after a call of this.
+            unsafe { self.run(&work)? };
+        }
+    }
+
+    fn refuse_in_capture(&self, what: &str) -> Result<(), KernelError> {
+        match &self.state().capture {
+            Some(capture) if capture.thread == thread::current().id() => {
+                Err(failure(what, "refused while launches are recorded".into()))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -245,6 +292,13 @@ impl Emulated {
             }
             // SAFETY: the caller's promise.
             Work::Gemm(gemm) => unsafe { self.run_gemm(gemm) },
+            Work::Write { to, bytes } => {
+                let state = self.state();
+                state.inside("write", *to, bytes.len())?;
+                // SAFETY: inside an allocation of the table, just checked; the bytes are no device memory.
+                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
+                Ok(())
+            }
             Work::Zero { at, bytes } => {
                 let state = self.state();
                 state.inside("zero", *at, *bytes)?;
@@ -268,7 +322,7 @@ impl State {
 
 impl Device for Emulated {
     type Graph = Graph;
-    type Event = ();
+    type Event = Event;
 
     fn properties(&self) -> &Properties {
         &self.properties
@@ -301,6 +355,8 @@ impl Device for Emulated {
     }
 
     fn free(&self, address: Address, bytes: usize) {
+        // What fails now has been asked for by others, who hear of nothing: as on a GPU.
+        let _ = self.catch_up(u64::MAX);
         let mut state = self.state();
         let found = state.allocations.remove(&address.0);
         assert_eq!(found, Some(bytes), "free of {bytes} bytes at {:#x}", address.0);
@@ -311,43 +367,37 @@ impl Device for Emulated {
 
     unsafe fn write(&self, stream: Stream, to: Address, bytes: &[u8]) -> Result<(), KernelError> {
         self.check("write", stream, to, bytes.len())?;
-        // SAFETY: inside an allocation, just checked; the caller's slice is no device memory.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
-        Ok(())
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, Work::Write { to, bytes: bytes.to_vec() }) }
     }
 
     unsafe fn read(&self, stream: Stream, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.check("read", stream, from, bytes.len())?;
+        if stream == Stream::Copy {
+            self.catch_up(u64::MAX)?;
+        }
         // SAFETY: inside an allocation, just checked; the caller's slice is no device memory.
         unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
     unsafe fn zero(&self, stream: Stream, at: Address, bytes: usize) -> Result<(), KernelError> {
-        match self.recorded(stream, Work::Zero { at, bytes }) {
-            // SAFETY: the caller's promise.
-            Some(work) => unsafe { self.run(&work) },
-            None => Ok(()),
-        }
+        self.state().inside("zero", at, bytes)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, Work::Zero { at, bytes }) }
     }
 
     unsafe fn launch(&self, stream: Stream, launch: &Launch<'_>) -> Result<(), KernelError> {
         let Launch { kernel, grid, threads, shared_bytes, params } = *launch;
         self.entry(kernel)?;
         let work = Work::Launch { kernel: kernel.into(), grid, threads, shared_bytes, params: params.to_vec() };
-        match self.recorded(stream, work) {
-            // SAFETY: the caller's promise.
-            Some(work) => unsafe { self.run(&work) },
-            None => Ok(()),
-        }
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, work) }
     }
 
     unsafe fn gemm(&self, stream: Stream, gemm: &Gemm) -> Result<(), KernelError> {
-        match self.recorded(stream, Work::Gemm(*gemm)) {
-            // SAFETY: the caller's promise.
-            Some(work) => unsafe { self.run(&work) },
-            None => Ok(()),
-        }
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, Work::Gemm(*gemm)) }
     }
 
     fn capture(&self, record: &mut dyn FnMut() -> Result<(), KernelError>) -> Result<Graph, KernelError> {
@@ -373,26 +423,29 @@ impl Device for Emulated {
     }
 
     unsafe fn replay(&self, graph: &Graph) -> Result<(), KernelError> {
-        if self.state().capture.is_some() {
-            return Err(failure("replay", "refused while launches are recorded".into()));
-        }
+        self.refuse_in_capture("replay")?;
         // SAFETY: the caller's promise.
         graph.0.iter().try_for_each(|work| unsafe { self.run(work) })
     }
 
-    fn record(&self, _stream: Stream) -> Result<(), KernelError> {
-        Ok(())
+    fn record(&self, stream: Stream) -> Result<Event, KernelError> {
+        self.refuse_in_capture("record")?;
+        let state = self.state();
+        Ok(Event { stream, enqueued: state.late_done + state.late.len() as u64 })
     }
 
-    fn wait(&self, _stream: Stream, _event: &()) -> Result<(), KernelError> {
-        Ok(())
+    fn wait(&self, stream: Stream, event: &Event) -> Result<(), KernelError> {
+        self.refuse_in_capture("wait")?;
+        match (stream, event.stream) {
+            (Stream::Compute, Stream::Copy) => self.catch_up(event.enqueued),
+            // What is on the other stream has been done, and what is on the same is in order.
+            _ => Ok(()),
+        }
     }
 
     fn synchronise(&self) -> Result<(), KernelError> {
-        match self.state().capture {
-            Some(_) => Err(failure("synchronise", "refused while launches are recorded".into())),
-            None => Ok(()),
-        }
+        self.refuse_in_capture("synchronise")?;
+        self.catch_up(u64::MAX)
     }
 }
 

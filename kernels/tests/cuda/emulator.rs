@@ -157,6 +157,26 @@ fn a_forgotten_wait_gives_poison() {
 }
 
 #[test]
+fn ldmatrix_has_what_was_written_before_a_barrier_only() {
+    sanitised(|| {
+        let device = probe();
+        for synced in [true, false] {
+            let out = Memory::new(&device, 512).expect("memory");
+            let params = numbers(&out, &out, u32::from(synced));
+            launch(&device, &Launch::new("probe_rows", [1, 1], 32, &params).shared(512)).expect("launch");
+            let found = out.read::<u32>(0, 128).expect("read");
+            // Lane l of matrix m has word l % 4 of the row that lane 8 m + l / 4 names.
+            let expected: Vec<u32> = (0..128).map(|i| (31 - (i / 32 * 8 + i % 32 / 4)) * 4 + i % 4).collect();
+            if synced {
+                assert_eq!(found, expected);
+            } else {
+                assert!(found.contains(&u32::MAX), "every lane found its row complete: {found:?}");
+            }
+        }
+    });
+}
+
+#[test]
 fn a_wait_leaves_the_last_groups_pending() {
     sanitised(|| {
         let device = probe();
@@ -406,5 +426,41 @@ fn the_products_kernels_are_all_loaded() {
         assert!(matches!(Memory::new(&device, free + 1), Err(KernelError::OutOfMemory { .. })));
         drop(memory);
         assert_eq!(device.memory_free().expect("memory"), free + 64);
+    });
+}
+
+#[test]
+fn copies_are_late_unless_something_waits_for_them() {
+    sanitised(|| {
+        let device = probe();
+        let memory = Memory::holding(&device, &[0_u32; 4]).expect("memory");
+        let seen = || memory.read::<u32>(0, 4).expect("read");
+        let copy = |at: usize, value: u32| {
+            // SAFETY: within the allocation.
+            unsafe { device.write(Stream::Copy, memory.address().plus(at * 4), bytemuck::bytes_of(&value)) }
+                .expect("write");
+        };
+        copy(0, 1);
+        copy(1, 2);
+        let event = device.record(Stream::Copy).expect("record");
+        copy(2, 3);
+        assert_eq!(seen(), [0; 4], "nothing has waited");
+        let other = device.record(Stream::Compute).expect("record");
+        device.wait(Stream::Copy, &other).expect("wait");
+        assert_eq!(seen(), [0; 4], "the other way round");
+        device.wait(Stream::Compute, &event).expect("wait");
+        assert_eq!(seen(), [1, 2, 0, 0], "up to the event");
+        device.wait(Stream::Compute, &event).expect("wait");
+        assert_eq!(seen(), [1, 2, 0, 0], "it has been passed");
+        device.synchronise().expect("synchronise");
+        assert_eq!(seen(), [1, 2, 3, 0]);
+        copy(3, 4);
+        // SAFETY: within the allocation.
+        unsafe { device.read(Stream::Copy, memory.address(), &mut [0; 4]) }.expect("read");
+        assert_eq!(seen(), [1, 2, 3, 4], "a read of that stream waits for it");
+        copy(3, 5);
+        let late = device.record(Stream::Copy).expect("record");
+        device.wait(Stream::Compute, &late).expect("wait");
+        assert_eq!(seen(), [1, 2, 3, 5]);
     });
 }

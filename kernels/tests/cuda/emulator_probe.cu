@@ -73,6 +73,17 @@ KERNEL(probe_mma_bf16, Product, 32) { product<bf16>(p, true); }
 KERNEL(probe_mma_f16, Product, 32) { product<f16>(p, true); }
 KERNEL(probe_forgotten_wait, Product, 32) { product<bf16>(p, false); }
 
+// Every lane writes a row of 16 bytes that another lane names to ldmatrix; without count, nothing is between the two.
+KERNEL(probe_rows, Numbers, 32) {
+  u32* shared = reinterpret_cast<u32*>(shared_memory());
+  u32 lane = threadIdx.x;
+  for (u32 i = 0; i < 4; i++) shared[lane * 4 + i] = lane * 4 + i;
+  if (p.count) __syncwarp();
+  u32 r[4];
+  ldmatrix_x4(r, shared + (31 - lane) * 4);
+  for (u32 i = 0; i < 4; i++) p.out[i * 32 + lane] = r[i];
+}
+
 // Three groups, of which the wait leaves the last `pending`; what is there of each.
 KERNEL(probe_groups, Numbers, 32) {
   u32* shared = reinterpret_cast<u32*>(shared_memory());
