@@ -21,8 +21,8 @@
 //
 // A search is over the ordered bits of an f32: seven thresholds a pass, each with the count or weight of what is at or above
 // it, so that three bits are found by each. The draw is a descent: each warp has a sixteenth of the range, the one in which the
-// random number falls is the next range. Sums are f32 within a thread (16 numbers) and a warp, f64 beyond, all in fixed
-// places: a row's result depends on that row alone.
+// random number falls is the next range. Sums are f32 within a thread (16 numbers, then the sums of those) and a warp, f64 beyond,
+// all in fixed places: a row's result depends on that row alone.
 //
 // Bytes by design: scan reads rows * vocab * 4 and writes 1/32 of it for each kind of groups; a pick reads 16 kB of a row's
 // groups a few times (L1 and L2 cache) and the lines of the tokens above the bound, or one split (32 kB). 64 rows of 128,256:
@@ -38,7 +38,7 @@ constexpr u32 PICK_THREADS = 512;
 constexpr u32 PICK_WARPS = PICK_THREADS / WARP;
 constexpr u32 LISTED = 4096;
 constexpr u32 THRESHOLDS = 7;
-// Numbers a thread adds up in f32 before it adds the sum to an f64.
+// Numbers a thread adds up before it adds their sum to its others.
 constexpr u32 SUMMED = 16;
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -295,8 +295,7 @@ struct Weight {
 // every lane.
 template <u32 N, typename Measure>
 DEVICE void measure_warp(float (&result)[N], const Source& s, u32 begin, u32 end, u32 stride, Measure measure) {
-  double sums[N];
-  for (u32 k = 0; k < N; k++) sums[k] = 0.0;
+  for (u32 k = 0; k < N; k++) result[k] = 0.0f;
   for (u64 first = begin; first < end; first += static_cast<u64>(stride) * SUMMED) {
     float parts[N];
     for (u32 k = 0; k < N; k++) parts[k] = 0.0f;
@@ -305,9 +304,9 @@ DEVICE void measure_warp(float (&result)[N], const Source& s, u32 begin, u32 end
       u64 i = first + static_cast<u64>(n) * stride;
       if (i < end) measure(parts, possible(s.values[i]), static_cast<u32>(i));
     }
-    for (u32 k = 0; k < N; k++) sums[k] += static_cast<double>(parts[k]);
+    for (u32 k = 0; k < N; k++) result[k] += parts[k];
   }
-  for (u32 k = 0; k < N; k++) result[k] = warp_sum(static_cast<float>(sums[k]));
+  for (u32 k = 0; k < N; k++) result[k] = warp_sum(result[k]);
 }
 
 // As above over the block, in every thread.
