@@ -228,6 +228,8 @@ pub struct ForwardScope<'a, B: Backend + ?Sized> {
     pub rows: &'a StepRows<'a>,
     /// Their adapters.
     pub lora: &'a LoraRows<'a, B::Adapter>,
+    /// Rows that the tensors have room for.
+    pub rows_max: usize,
     /// Whether the hidden rows after the final norm are wanted of all rows.
     pub all_wanted: bool,
 }

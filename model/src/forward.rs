@@ -107,7 +107,8 @@ impl<B: Backend> Model<B> {
         self.check_step(step)?;
         check_wanted(wanted, rows)?;
         act.rows = wanted.len();
-        let scope = ForwardScope { tensors: act.id, rows: step, lora, all_wanted: wanted.len() == rows };
+        let (tensors, rows_max, all_wanted) = (act.id, act.rows_max, wanted.len() == rows);
+        let scope = ForwardScope { tensors, rows: step, lora, rows_max, all_wanted };
         self.backend
             .forward(&scope, pages, &mut |pages| self.run_layers(act, step, lora, (wanted, wanted_lora), pages))?;
         Ok(())

@@ -23,6 +23,9 @@ pub const HEADERS: &[Source] = sources!("include":
 
 /// The files of kernels, each compiled by itself. A kernel's name is unique among them all.
 pub const KERNELS: &[Source] = sources!("csrc":
+    "attention.cu",
+    "lora.cu",
+    "rope.cu",
     "rows.cu",
     "sample.cu",
 );

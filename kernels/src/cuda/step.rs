@@ -119,6 +119,12 @@ impl<D: Device> StepMemory<D> {
         Ok(Self { limits, memory, host: vec![0; total], view })
     }
 
+    /// What it has room for.
+    #[must_use]
+    pub fn limits(&self) -> StepLimits {
+        self.limits
+    }
+
     /// Where kernels find it.
     #[must_use]
     pub fn view(&self) -> Step {

@@ -27,6 +27,16 @@ impl<D: Device> CudaTensor<D> {
         Ok(Self { memory, element, rows_max, rows: 0, width })
     }
 
+    /// The rows that `memory` holds.
+    ///
+    /// # Panics
+    /// When it is too small for them.
+    #[must_use]
+    pub fn of(memory: Memory<D>, element: Element, rows: usize, width: usize) -> Self {
+        assert!(rows * width * element.bytes() <= memory.bytes(), "{} bytes for {rows} rows", memory.bytes());
+        Self { memory, element, rows_max: rows, rows, width }
+    }
+
     /// A tensor that holds `values`, rounded to `element`.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use super::device::{Address, Device, Element, Memory};
+use super::tensor::CudaTensor;
 use crate::reference::dequantise::dequantise_row;
 use crate::{KernelError, LinearSpec, SiteSpan, TensorSource};
 
@@ -73,11 +74,8 @@ impl<D: Device> CudaLinear<D> {
 /// An embedding table, `[vocab, hidden]`.
 #[derive(Debug)]
 pub struct CudaEmbedding<D: Device> {
-    table: Memory<D>,
-    /// Rows.
-    pub vocab: usize,
-    /// Elements of a row.
-    pub hidden: usize,
+    /// Its rows.
+    pub table: CudaTensor<D>,
 }
 
 impl<D: Device> CudaEmbedding<D> {
@@ -89,13 +87,7 @@ impl<D: Device> CudaEmbedding<D> {
         source.check()?;
         let mut table = Memory::new(device, source.rows * source.cols * element.bytes())?;
         write_rows(&mut table, element, 0, source)?;
-        Ok(Self { table, vocab: source.rows, hidden: source.cols })
-    }
-
-    /// `[vocab, hidden]`
-    #[must_use]
-    pub fn table(&self) -> Address {
-        self.table.address()
+        Ok(Self { table: CudaTensor::of(table, element, source.rows, source.cols) })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The CUDA kernels on the host: their own sources, under the address sanitiser, against the references.
 
+mod backend;
 mod emulator;
 mod rows;
 mod support;
