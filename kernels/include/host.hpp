@@ -290,11 +290,17 @@ inline void describe(const Access& access, char* to, size_t room) {
   snprintf(to, room, "%p", instruction);
   if (!dladdr(instruction, &info)) return;
   char command[1024];
-  snprintf(command, sizeof command, "addr2line -s -e '%s' 0x%llx", info.dli_fname,
+  snprintf(command, sizeof command, "addr2line -s -i -e '%s' 0x%llx", info.dli_fname,
            static_cast<u64>(static_cast<const u8*>(instruction) - static_cast<u8*>(info.dli_fbase)) - 1);
   FILE* output = popen(command, "r");
   if (!output) return;
-  if (fgets(to, static_cast<int>(room), output)) to[strcspn(to, " \n")] = 0;
+  // A line for the place, then one for each function that it was inlined into.
+  char frame[256];
+  for (size_t used = 0; used < room && fgets(frame, sizeof frame, output);) {
+    frame[strcspn(frame, " \n")] = 0;
+    used += static_cast<size_t>(snprintf(to + used, room - used, "%s%s", used ? " from " : "", frame));
+    if (strstr(frame, ".cu:")) break;
+  }
   pclose(output);
 }
 
