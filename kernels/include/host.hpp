@@ -107,14 +107,14 @@ struct Meeting {
 
 // A thread's access to a byte, and how many barriers it had passed.
 struct Access {
-  u32 block;  // in the order in which they run, from 1 on
+  u32 block;  // the how manieth of all that have run, from 1 on; 0: no access
   u32 thread;
   u32 barriers, warp_barriers;
   const void* at;  // the instruction, or the file's name when there is a line
   u32 line;
 };
 struct Cell {
-  Access written, read[2];
+  Access written, read[2];  // of many readers two
 };
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -151,7 +151,7 @@ struct Machine {
   Meeting barrier;
   u32 block_number, barriers, warp_barriers[32];
   std::vector<Cell> shared_cells;
-  std::unordered_map<u64, std::array<Cell, 16>> global_cells;
+  std::unordered_map<u64, std::array<Access, 16>> written;  // device memory, by 16 bytes
   bool looking;
   Context scheduler;
   void* fake_stack;
@@ -271,7 +271,8 @@ __attribute__((format(printf, 1, 2))) inline void report(const char* format, ...
 // Races. -fsanitize=thread calls a function before every access to memory; here is what these functions do instead of that sanitiser's
 // library, which knows nothing of blocks and warps. Two accesses to a byte by different threads, one of them a write, need a barrier
 // between them: __syncthreads, or __syncwarp within a warp. Shuffles, votes, ldmatrix and mma are none: they order no memory. Threads
-// of different blocks have no barrier at all.
+// of different blocks have no barrier at all. In device memory only writes are remembered: what reads before another one writes is
+// found in another order, which the next launch has.
 HOST_PLAIN inline bool unordered(const Access& then, const Access& now) {
   if (then.block == 0 || (then.block == now.block && then.thread == now.thread)) return false;
   if (then.block != now.block) return true;
@@ -313,21 +314,49 @@ inline void report_race(const Access& then, bool then_writes, const Access& now,
          writes ? "writes" : "reads", here, then.thread, other, then_writes ? "wrote" : "read", there);
 }
 
-HOST_PLAIN inline void look(Cell& cell, bool write, const Access& now, const char* space, u64 offset) {
-  if (unordered(cell.written, now)) return report_race(cell.written, true, now, write, space, offset);
-  if (write) {
-    for (const Access& read : cell.read) {
-      if (unordered(read, now)) return report_race(read, false, now, true, space, offset);
-    }
-    cell = Cell{now, {}};
-    return;
-  }
-  // Of many readers two are remembered: this thread's place, or any.
+HOST_PLAIN inline void look_at_shared(u64 offset, bool write, const Access& now) {
+  Cell& cell = machine->shared_cells[offset];
+  // What earlier blocks did there was in memory of their own.
+  if (cell.written.block != now.block) cell.written.block = 0;
+  if (unordered(cell.written, now)) return report_race(cell.written, true, now, write, "shared memory", offset);
   Access* slot = &cell.read[machine->draw(2)];
   for (Access& read : cell.read) {
-    if (read.block == 0 || (read.block == now.block && read.thread == now.thread)) slot = &read;
+    if (read.block != now.block) read.block = 0;
+    if (write && unordered(read, now)) return report_race(read, false, now, true, "shared memory", offset);
+    if (read.block == 0 || read.thread == now.thread) slot = &read;
   }
-  *slot = now;
+  if (write) {
+    cell = Cell{now, {}};
+  } else {
+    *slot = now;
+  }
+}
+
+HOST_PLAIN inline void look_at_global(u64 address, u64 bytes, bool write, const Access& now) {
+  u64 low = 0, high = machine->launch->allocations_count;
+  while (low < high) {
+    u64 middle = (low + high) / 2;
+    if (machine->launch->allocations[middle][1] <= address) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  if (low == machine->launch->allocations_count || machine->launch->allocations[low][0] > address) return;
+  std::array<Access, 16>* line = nullptr;
+  for (u64 i = address; i < address + bytes && !machine->failed; i++) {
+    if (!line || i % 16 == 0) {
+      auto found = machine->written.find(i / 16);
+      line = found != machine->written.end() ? &found->second : write ? &machine->written[i / 16] : nullptr;
+      if (!line) {
+        i |= 15;
+        continue;
+      }
+    }
+    Access& then = (*line)[i % 16];
+    if (unordered(then, now)) report_race(then, true, now, write, "an allocation", i - machine->launch->allocations[low][0]);
+    if (write) then = now;
+  }
 }
 
 HOST_PLAIN __attribute__((noinline)) void access(const void* address, u64 bytes, bool write, const void* at, u32 line = 0) {
@@ -338,30 +367,10 @@ HOST_PLAIN __attribute__((noinline)) void access(const void* address, u64 bytes,
   Access now{m.block_number, self->thread.x, m.barriers, m.warp_barriers[self->thread.x / WARP], at, line};
   m.looking = true;
   if (from >= m.shared && from < m.shared + m.launch->shared_bytes) {
-    u64 offset = static_cast<u64>(from - m.shared);
-    for (u64 i = offset; i < offset + bytes && i < m.launch->shared_bytes && !m.failed; i++) {
-      Cell& cell = m.shared_cells[i];
-      // What earlier blocks did there was in memory of their own.
-      for (Access* past : {&cell.written, &cell.read[0], &cell.read[1]}) {
-        if (past->block != now.block) past->block = 0;
-      }
-      look(cell, write, now, "shared memory", i);
-    }
+    u64 begin = static_cast<u64>(from - m.shared);
+    for (u64 i = begin; i < begin + bytes && i < m.launch->shared_bytes && !m.failed; i++) look_at_shared(i, write, now);
   } else {
-    u64 begin = reinterpret_cast<u64>(address), low = 0, high = m.launch->allocations_count;
-    while (low < high) {
-      u64 middle = (low + high) / 2;
-      if (m.launch->allocations[middle][1] <= begin) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    if (low < m.launch->allocations_count && m.launch->allocations[low][0] <= begin) {
-      for (u64 i = begin; i < begin + bytes && !m.failed; i++) {
-        look(m.global_cells[i / 16][i % 16], write, now, "an allocation", i - m.launch->allocations[low][0]);
-      }
-    }
+    look_at_global(reinterpret_cast<u64>(address), bytes, write, now);
   }
   m.looking = false;
   if (m.failed) {
@@ -559,11 +568,9 @@ int run(const char* kernel, u32 threads_max, const HostLaunch* launch, void (*bo
   m.grid = {launch->grid[0], launch->grid[1], 1};
   m.threads = {launch->threads, 1, 1};
   m.failed = m.looking = false;
-  m.block_number = 0;
-  m.shared_cells.clear();
-  m.global_cells.clear();
+  m.written.clear();
 #ifdef __SANITIZE_THREAD__
-  m.shared_cells.resize(launch->shared_bytes);
+  if (m.shared_cells.size() < launch->shared_bytes) m.shared_cells.resize(launch->shared_bytes);
 #endif
   m.random = (launch->seed + 1) * 0x9E3779B97F4A7C15ull | 1;
   make_fibers(m, launch->threads);

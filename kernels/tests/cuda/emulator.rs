@@ -98,18 +98,17 @@ fn races_are_errors() {
         ] {
             let input = Memory::holding(&device, &[1_u32; 128]).expect("memory");
             let output = Memory::new(&device, 512).expect("memory");
-            for _ in 0..8 {
-                let params = numbers(&input, &output, which);
-                // Blocks beyond the first write the same numbers: one block where that is no matter.
-                let grid = [if [0, 1, 2, 3, 6, 7].contains(&which) { 1 } else { 2 }, 1];
-                let launched = launch(&device, &Launch::new("probe_races", grid, 64, &params).shared(1024));
-                match (&launched, expected) {
-                    (Ok(()), None) => {}
-                    (Err(error), Some((what, other))) => {
-                        let message = error.to_string();
-                        assert!(message.contains(what) && message.contains(other), "{which}: {message}");
-                    }
-                    _ => panic!("{which}: {launched:?}"),
+            let params = numbers(&input, &output, which);
+            // Blocks beyond the first write the same numbers: one block where that is no matter.
+            let grid = [if [0, 1, 2, 3, 6, 7].contains(&which) { 1 } else { 2 }, 1];
+            let launches = (0..8).map(|_| launch(&device, &Launch::new("probe_races", grid, 64, &params).shared(1024)));
+            let errors: Vec<String> = launches.filter_map(Result::err).map(|error| error.to_string()).collect();
+            match expected {
+                None => assert!(errors.is_empty(), "{which}: {errors:?}"),
+                // Not in every order where only writes are remembered.
+                Some((what, other)) => {
+                    assert!(errors.len() >= if which == 5 { 1 } else { 8 }, "{which}: {errors:?}");
+                    assert!(errors.iter().all(|e| e.contains(what) && e.contains(other)), "{which}: {errors:?}");
                 }
             }
         }
