@@ -8,6 +8,7 @@
 //   async_copy_16             its 16 bytes are NaN until async_wait of their group copies them
 //   __syncthreads, *_sync     an error when threads have ended or are at another place in the source, or when the mask is not full
 //   alignment, bounds         the sanitisers' business; ldmatrix and async_copy_16 check them themselves
+//   races                     when compiled with -fsanitize=thread: see below
 //
 // src/cuda/emulated.rs compiles each file of csrc into a shared library of its own and calls the entries that KERNEL defines.
 #pragma once
@@ -19,10 +20,15 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <array>
 #include <exception>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
+#ifdef __SANITIZE_THREAD__
+#include <dlfcn.h>
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -43,10 +49,12 @@ struct HostLaunch {
   u64 seed;
   char* message;  // filled when the entry returns something else than 0
   u64 message_bytes;
+  const u64 (*allocations)[2];  // where device memory is: begin and end, ascending
+  u64 allocations_count;
 };
 
 // The machinery itself is not looked at by the sanitisers: it would take most of the time.
-#define HOST_PLAIN __attribute__((no_sanitize("address", "undefined")))
+#define HOST_PLAIN __attribute__((no_sanitize("address", "undefined", "thread")))
 
 namespace host {
 
@@ -69,6 +77,7 @@ struct Copy {
   u8* to;
   const u8* from;
   u32 bytes;
+  Site site;
 };
 
 #ifdef HOST_ASSEMBLY
@@ -94,6 +103,18 @@ struct Fiber {
 struct Meeting {
   Site site;
   u32 arrived;
+};
+
+// A thread's access to a byte, and how many barriers it had passed.
+struct Access {
+  u32 block;  // the how manieth of all that have run, from 1 on; 0: no access
+  u32 thread;
+  u32 barriers, warp_barriers;
+  const void* at;  // the instruction, or the file's name when there is a line
+  u32 line;
+};
+struct Cell {
+  Access written, read[2];  // of many readers two
 };
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -128,6 +149,10 @@ struct Machine {
   u32 ready_count;
   std::vector<Meeting> warps;
   Meeting barrier;
+  u32 block_number, barriers, warp_barriers[32];
+  std::vector<Cell> shared_cells;
+  std::unordered_map<u64, std::array<Access, 16>> written;  // device memory, by 16 bytes
+  bool looking;
   Context scheduler;
   void* fake_stack;
   const void* scheduler_stack;
@@ -242,6 +267,140 @@ __attribute__((format(printf, 1, 2))) inline void report(const char* format, ...
     for (;;) ::host::leave_fiber(); \
   } while (false)
 
+#ifdef __SANITIZE_THREAD__
+// Races. -fsanitize=thread calls a function before every access to memory; here is what these functions do instead of that sanitiser's
+// library, which knows nothing of blocks and warps. Two accesses to a byte by different threads, one of them a write, need a barrier
+// between them: __syncthreads, or __syncwarp within a warp. Shuffles, votes, ldmatrix and mma are none: they order no memory. Threads
+// of different blocks have no barrier at all. In device memory only writes are remembered: what reads before another one writes is
+// found in another order, which the next launch has.
+HOST_PLAIN inline bool unordered(const Access& then, const Access& now) {
+  if (then.block == 0 || (then.block == now.block && then.thread == now.thread)) return false;
+  if (then.block != now.block) return true;
+  if (then.barriers < now.barriers) return false;
+  return then.thread / WARP != now.thread / WARP || then.warp_barriers >= now.warp_barriers;
+}
+
+// Where in the source an access is.
+inline void describe(const Access& access, char* to, size_t room) {
+  const void* instruction = access.at;
+  if (access.line) {
+    snprintf(to, room, "%s:%u", static_cast<const char*>(access.at), access.line);
+    return;
+  }
+  Dl_info info;
+  snprintf(to, room, "%p", instruction);
+  if (!dladdr(instruction, &info)) return;
+  char command[1024];
+  snprintf(command, sizeof command, "addr2line -s -i -e '%s' 0x%llx", info.dli_fname,
+           static_cast<u64>(static_cast<const u8*>(instruction) - static_cast<u8*>(info.dli_fbase)) - 1);
+  FILE* output = popen(command, "r");
+  if (!output) return;
+  // A line for the place, then one for each function that it was inlined into.
+  char frame[256];
+  for (size_t used = 0; used < room && fgets(frame, sizeof frame, output);) {
+    frame[strcspn(frame, " \n")] = 0;
+    used += static_cast<size_t>(snprintf(to + used, room - used, "%s%s", used ? " from " : "", frame));
+    if (strstr(frame, ".cu:")) break;
+  }
+  pclose(output);
+}
+
+inline void report_race(const Access& then, bool then_writes, const Access& now, bool writes, const char* space, u64 offset) {
+  char here[256], there[256], other[64] = "";
+  describe(now, here, sizeof here);
+  describe(then, there, sizeof there);
+  if (then.block != now.block) snprintf(other, sizeof other, " of another block");
+  report("a race for byte %llu of %s: %s at %s what thread %u%s %s at %s, with no barrier between", offset, space,
+         writes ? "writes" : "reads", here, then.thread, other, then_writes ? "wrote" : "read", there);
+}
+
+HOST_PLAIN inline void look_at_shared(u64 offset, bool write, const Access& now) {
+  Cell& cell = machine->shared_cells[offset];
+  // What earlier blocks did there was in memory of their own.
+  if (cell.written.block != now.block) cell.written.block = 0;
+  if (unordered(cell.written, now)) return report_race(cell.written, true, now, write, "shared memory", offset);
+  Access* slot = &cell.read[machine->draw(2)];
+  for (Access& read : cell.read) {
+    if (read.block != now.block) read.block = 0;
+    if (write && unordered(read, now)) return report_race(read, false, now, true, "shared memory", offset);
+    if (read.block == 0 || read.thread == now.thread) slot = &read;
+  }
+  if (write) {
+    cell = Cell{now, {}};
+  } else {
+    *slot = now;
+  }
+}
+
+HOST_PLAIN inline void look_at_global(u64 address, u64 bytes, bool write, const Access& now) {
+  u64 low = 0, high = machine->launch->allocations_count;
+  while (low < high) {
+    u64 middle = (low + high) / 2;
+    if (machine->launch->allocations[middle][1] <= address) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  if (low == machine->launch->allocations_count || machine->launch->allocations[low][0] > address) return;
+  std::array<Access, 16>* line = nullptr;
+  for (u64 i = address; i < address + bytes && !machine->failed; i++) {
+    if (!line || i % 16 == 0) {
+      auto found = machine->written.find(i / 16);
+      line = found != machine->written.end() ? &found->second : write ? &machine->written[i / 16] : nullptr;
+      if (!line) {
+        i |= 15;
+        continue;
+      }
+    }
+    Access& then = (*line)[i % 16];
+    if (unordered(then, now)) report_race(then, true, now, write, "an allocation", i - machine->launch->allocations[low][0]);
+    if (write) then = now;
+  }
+}
+
+HOST_PLAIN __attribute__((noinline)) void access(const void* address, u64 bytes, bool write, const void* at, u32 line = 0) {
+  if (!machine || !self || machine->looking || machine->failed) return;
+  const u8* from = static_cast<const u8*>(address);
+  if (from >= self->stack && from < self->stack + STACK_BYTES) return;
+  Machine& m = *machine;
+  Access now{m.block_number, self->thread.x, m.barriers, m.warp_barriers[self->thread.x / WARP], at, line};
+  m.looking = true;
+  if (from >= m.shared && from < m.shared + m.launch->shared_bytes) {
+    u64 begin = static_cast<u64>(from - m.shared);
+    for (u64 i = begin; i < begin + bytes && i < m.launch->shared_bytes && !m.failed; i++) look_at_shared(i, write, now);
+  } else {
+    look_at_global(reinterpret_cast<u64>(address), bytes, write, now);
+  }
+  m.looking = false;
+  if (m.failed) {
+    for (;;) leave_fiber();
+  }
+}
+
+#define HOST_ACCESS(bytes)                                                                                              \
+  extern "C" HOST_PLAIN void __tsan_read##bytes(void* at) { access(at, bytes, false, __builtin_return_address(0)); }    \
+  extern "C" HOST_PLAIN void __tsan_write##bytes(void* at) { access(at, bytes, true, __builtin_return_address(0)); }
+HOST_ACCESS(1)
+HOST_ACCESS(2)
+HOST_ACCESS(4)
+HOST_ACCESS(8)
+HOST_ACCESS(16)
+extern "C" HOST_PLAIN void __tsan_read_range(void* at, unsigned long bytes) {
+  access(at, bytes, false, __builtin_return_address(0));
+}
+extern "C" HOST_PLAIN void __tsan_write_range(void* at, unsigned long bytes) {
+  access(at, bytes, true, __builtin_return_address(0));
+}
+extern "C" HOST_PLAIN void __tsan_init() {}
+extern "C" HOST_PLAIN void __tsan_func_entry(void*) {}
+extern "C" HOST_PLAIN void __tsan_func_exit() {}
+extern "C" HOST_PLAIN void __tsan_vptr_update(void*, void*) {}
+#define HOST_LOOK(address, bytes, write, site) ::host::access(address, bytes, write, (site).file, (site).line)
+#else
+#define HOST_LOOK(address, bytes, write, site) ((void)0)
+#endif
+
 inline void fiber_entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine->scheduler_stack, &machine->scheduler_stack_bytes);
@@ -283,7 +442,10 @@ HOST_PLAIN inline void release(Meeting& meeting, u32 first, u32 count) {
 }
 
 HOST_PLAIN inline void sync_block(const Site& site) {
-  if (arrive(machine->barrier, machine->threads.x, site)) release(machine->barrier, 0, machine->threads.x);
+  if (arrive(machine->barrier, machine->threads.x, site)) {
+    machine->barriers++;
+    release(machine->barrier, 0, machine->threads.x);
+  }
   leave_fiber();
 }
 
@@ -334,6 +496,9 @@ HOST_PLAIN inline void run_block() {
   memset(m.shared, 0xFF, m.launch->shared_bytes);
   m.ready_count = 0;
   m.barrier.arrived = 0;
+  m.block_number++;
+  m.barriers = 0;
+  memset(m.warp_barriers, 0, sizeof m.warp_barriers);
   m.warps.assign(m.threads.x / WARP, Meeting{});
   for (u32 i = 0; i < m.threads.x; i++) {
     Fiber& fiber = m.fibers[i];
@@ -402,7 +567,11 @@ int run(const char* kernel, u32 threads_max, const HostLaunch* launch, void (*bo
   m.params = params;
   m.grid = {launch->grid[0], launch->grid[1], 1};
   m.threads = {launch->threads, 1, 1};
-  m.failed = false;
+  m.failed = m.looking = false;
+  m.written.clear();
+#ifdef __SANITIZE_THREAD__
+  if (m.shared_cells.size() < launch->shared_bytes) m.shared_cells.resize(launch->shared_bytes);
+#endif
   m.random = (launch->seed + 1) * 0x9E3779B97F4A7C15ull | 1;
   make_fibers(m, launch->threads);
   // Exactly as large as asked for, so that the address sanitiser sees the byte behind it; the fence is for the one before it.
@@ -465,7 +634,11 @@ inline To bits_as(From from) {
 inline u8* shared_memory() { return ::host::machine->shared; }
 
 inline void __syncthreads(HOST_HERE) { ::host::sync_block({"__syncthreads", file, line}); }
-inline void __syncwarp(u32 mask = ALL_LANES, HOST_HERE) { ::host::sync_warp({"__syncwarp", file, line}, mask); }
+inline void __syncwarp(u32 mask = ALL_LANES, HOST_HERE) {
+  ::host::sync_warp({"__syncwarp", file, line}, mask, nullptr, [](void* const (&)[WARP]) {
+    ::host::machine->warp_barriers[::host::self->thread.x / WARP]++;
+  });
+}
 [[noreturn]] inline void __trap(HOST_HERE) { HOST_FAIL("__trap (%s:%u)", file, line); }
 
 namespace host {
@@ -660,6 +833,7 @@ template <bool trans>
 void ldmatrix(const Site& site, u32 (&r)[4], const void* row) {
   if (!in_shared(row, 16)) HOST_FAIL("%s (%s:%u) of a row that is not in shared memory", site.what, site.file, site.line);
   if (reinterpret_cast<u64>(row) % 16) HOST_FAIL("%s (%s:%u) of a row that is not aligned to 16 bytes", site.what, site.file, site.line);
+  HOST_LOOK(row, 16, false, site);
   Matrices mine{r, {}};
   memcpy(mine.row, row, sizeof mine.row);
   sync_warp(site, ALL_LANES, &mine, load_matrices<trans>);
@@ -679,16 +853,19 @@ inline void ldmatrix_x4_trans(u32 (&r)[4], const void* row, HOST_HERE) {
 
 // Undefined until its group's async_wait, so poisoned until then; read at once too, so that a bad address shows where it comes from.
 inline void async_copy_16(void* shared, const void* global, u32 bytes = 16, HOST_HERE) {
+  ::host::Site site{"async_copy_16", file, line};
   if (bytes > 16) HOST_FAIL("async_copy_16 (%s:%u) of %u bytes", file, line, bytes);
   if (!::host::in_shared(shared, 16)) HOST_FAIL("async_copy_16 (%s:%u) to what is not shared memory", file, line);
   if (::host::in_shared(global, 1)) HOST_FAIL("async_copy_16 (%s:%u) from shared memory", file, line);
   if (reinterpret_cast<u64>(shared) % 16 || reinterpret_cast<u64>(global) % 16) {
     HOST_FAIL("async_copy_16 (%s:%u) of addresses that are not aligned to 16 bytes", file, line);
   }
+  HOST_LOOK(shared, 16, true, site);
+  HOST_LOOK(global, bytes, false, site);
   u8 there[16];
   memcpy(there, global, bytes);
   memset(shared, 0xFF, 16);
-  ::host::self->copies.push_back({static_cast<u8*>(shared), static_cast<const u8*>(global), bytes});
+  ::host::self->copies.push_back({static_cast<u8*>(shared), static_cast<const u8*>(global), bytes, site});
 }
 inline void async_commit() { ::host::self->groups.push_back(::host::self->copies.size()); }
 template <int pending>
@@ -698,6 +875,7 @@ inline void async_wait() {
     size_t groups = me.groups.size() - static_cast<size_t>(pending), copies = me.groups[groups - 1];
     for (size_t i = 0; i < copies; i++) {
       const ::host::Copy& copy = me.copies[i];
+      HOST_LOOK(copy.to, 16, true, copy.site);
       memset(copy.to, 0, 16);
       memcpy(copy.to, copy.from, copy.bytes);
     }

@@ -6,8 +6,8 @@
 //! [`Stream::Copy`] happens as late as it may: when something waits for it.
 //!
 //! Each file of kernels becomes one shared library in a folder beside the running program, named by a hash of everything that
-//! went into it, so that the processes of a test run build it once. With `OPENLORA_SANITISED` set, it is built with the address
-//! and undefined-behaviour sanitisers; the process must then have been started with their runtime preloaded.
+//! went into it, so that the processes of a test run build it once. What it is built to notice, the environment variable
+//! `OPENLORA_SANITISED` says: see [`SANITISED`].
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -25,7 +25,9 @@ use super::device::{Address, Device, Element, Gemm, Launch, Properties, Stream};
 use super::sources::{HEADERS, KERNELS, Source};
 use crate::KernelError;
 
-/// The environment variable that asks for the sanitisers.
+/// The environment variable that says what kernels are built to notice: `memory` (accesses out of bounds or not aligned, and
+/// undefined arithmetic; the process must have been started with the address sanitiser's runtime preloaded) or `races` (accesses
+/// of different threads with no barrier between). Without it, neither: fastest.
 pub const SANITISED: &str = "OPENLORA_SANITISED";
 
 const HOST_HEADER: Source = Source { name: "host.hpp", text: include_str!("../../include/host.hpp") };
@@ -36,7 +38,6 @@ const FLAGS: &[&str] = &[
     "-O1",
     "-g",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-ftls-model=initial-exec",
     // As NVRTC is, of numbers read as others.
@@ -48,8 +49,8 @@ const FLAGS: &[&str] = &[
     "-Wno-unused-function",
     "-DOPENLORA_HOST",
 ];
-const SANITISER_FLAGS: &[&str] =
-    &["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"];
+const MEMORY_FLAGS: &[&str] = &["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"];
+const RACES_FLAGS: &[&str] = &["-fsanitize=thread"];
 
 /// An H200's.
 const SHARED_BYTES_MAX: u32 = 227 << 10;
@@ -231,6 +232,8 @@ impl Emulated {
         // Held until the kernel has run: the device runs one at a time.
         let mut state = self.state();
         state.launches += 1;
+        let allocations: Vec<[u64; 2]> =
+            state.allocations.iter().map(|(start, bytes)| [*start, start + *bytes as u64]).collect();
         let mut message = [0_u8; 1024];
         let call = HostLaunch {
             params: params.as_ptr().cast(),
@@ -241,6 +244,8 @@ impl Emulated {
             seed: state.launches,
             message: message.as_mut_ptr().cast(),
             message_bytes: message.len() as u64,
+            allocations: allocations.as_ptr(),
+            allocations_count: allocations.len() as u64,
         };
         // SAFETY: the entry is of a library compiled against the same struct; it checks the size of the argument, and the caller
         // answers for the addresses in it.
@@ -498,6 +503,8 @@ struct HostLaunch {
     seed: u64,
     message: *mut c_char,
     message_bytes: u64,
+    allocations: *const [u64; 2],
+    allocations_count: u64,
 }
 
 type Entry = unsafe extern "C" fn(*const HostLaunch) -> c_int;
@@ -548,17 +555,22 @@ impl Library {
 struct Build<'a> {
     source: &'a Source,
     flags: Vec<&'static str>,
+    link_flags: &'static [&'static str],
     folder: PathBuf,
     library: PathBuf,
 }
 
 impl<'a> Build<'a> {
     fn of(source: &'a Source) -> Result<Self, KernelError> {
-        let sanitised = std::env::var_os(SANITISED).is_some();
-        let mut flags = FLAGS.to_vec();
-        if sanitised {
-            flags.extend(SANITISER_FLAGS);
-        }
+        let kind = std::env::var(SANITISED).unwrap_or_else(|_| "nothing".into());
+        // What notices races brings its own functions instead of a sanitiser's library.
+        let (more, link_flags): (&[&str], &[&str]) = match kind.as_str() {
+            "nothing" => (&[], &[]),
+            "memory" => (MEMORY_FLAGS, MEMORY_FLAGS),
+            "races" => (RACES_FLAGS, &[]),
+            _ => return Err(failure(SANITISED, format!("{kind}; memory or races"))),
+        };
+        let flags = [FLAGS, more].concat();
         let mut hasher = DefaultHasher::new();
         for file in HEADERS.iter().chain([&HOST_HEADER, source]) {
             (file.name, file.text).hash(&mut hasher);
@@ -567,9 +579,8 @@ impl<'a> Build<'a> {
         let program = std::env::current_exe().map_err(|error| failure("the running program", error.to_string()))?;
         // In the build folder, which is the caller's own and goes with it.
         let folder = program.with_file_name("emulated-kernels");
-        let kind = if sanitised { "sanitised" } else { "plain" };
         let library = folder.join(format!("{}.{kind}.{:016x}.so", source.name, hasher.finish()));
-        Ok(Self { source, flags, folder, library })
+        Ok(Self { source, flags, link_flags, folder, library })
     }
 
     /// Builds the library unless it is there. Another process that builds it is waited for.
@@ -598,19 +609,25 @@ impl<'a> Build<'a> {
         for file in written {
             fs::write(work.join(file.name), file.text)?;
         }
-        // Its messages and those of the sanitisers name files as they are in this package.
-        let compiled = Command::new("g++")
-            .args(&self.flags)
-            .args([self.source.name, "-o", "kernels.so"])
-            .current_dir(&work)
-            .env_remove("LD_PRELOAD")
-            .env_remove("ASAN_OPTIONS")
-            .output()?;
-        let messages = String::from_utf8_lossy(&compiled.stderr);
-        if !compiled.status.success() {
-            return Err(std::io::Error::other(format!("g++ refuses it\n{messages}")));
-        }
-        eprint!("{messages}");
+        // Its messages and those of the sanitisers name the files as they are named here.
+        let compiler = |flags: &[&str], files: &[&str]| -> std::io::Result<()> {
+            let ran = Command::new("g++")
+                .args(flags)
+                .args(files)
+                .current_dir(&work)
+                .env_remove("LD_PRELOAD")
+                .env_remove("ASAN_OPTIONS")
+                .output()
+                .map_err(|error| std::io::Error::other(format!("g++: {error}; run scripts/prerequisites.sh")))?;
+            let messages = String::from_utf8_lossy(&ran.stderr);
+            if !ran.status.success() {
+                return Err(std::io::Error::other(format!("g++ refuses it\n{messages}")));
+            }
+            eprint!("{messages}");
+            Ok(())
+        };
+        compiler(&self.flags, &["-c", self.source.name, "-o", "kernels.o"])?;
+        compiler(self.link_flags, &["-shared", "kernels.o", "-o", "kernels.so"])?;
         fs::rename(work.join("kernels.so"), &self.library)?;
         fs::remove_dir_all(&work)
     }

@@ -11,7 +11,7 @@ use openlora_kernels::cuda::sources::Source;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::support::{emulated, emulated_with, sanitised, sanitised_fails};
+use crate::support::{MEMORY, emulated, emulated_with, notices_races, sanitised, sanitised_fails};
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -66,9 +66,52 @@ fn a_missing_barrier_shows_as_poison() {
         let device = probe();
         let out = Memory::new(&device, 128 * 4).expect("memory");
         let params = numbers(&out, &out, 0);
-        launch(&device, &Launch::new("probe_barrier", [1, 1], 128, &params).shared(512)).expect("launch");
+        let launched = launch(&device, &Launch::new("probe_barrier", [1, 1], 128, &params).shared(512));
+        if notices_races() {
+            let message = launched.expect_err("a race").to_string();
+            assert!(message.contains("a race for byte"), "{message}");
+            return;
+        }
+        launched.expect("launch");
         let seen = out.read::<u32>(0, 128).expect("read");
         assert!(seen.contains(&u32::MAX), "no thread ran before the one it needs");
+    });
+}
+
+#[test]
+fn races_are_errors() {
+    sanitised(|| {
+        if !notices_races() {
+            return;
+        }
+        let device = probe();
+        for (which, expected) in [
+            (0, None),
+            (1, Some(("of shared memory", "with no barrier between"))),
+            (2, Some(("of shared memory", "emulator_probe.cu:"))),
+            (3, Some(("for byte 0 of shared memory", "emulator_probe.cu:"))),
+            (4, Some(("of an allocation: writes", "of another block wrote"))),
+            (5, Some(("of an allocation: ", "of another block "))),
+            (6, Some(("of shared memory", "emulator_probe.cu:"))),
+            (7, Some(("of shared memory", "emulator_probe.cu:"))),
+            (8, None),
+        ] {
+            let input = Memory::holding(&device, &[1_u32; 128]).expect("memory");
+            let output = Memory::new(&device, 512).expect("memory");
+            let params = numbers(&input, &output, which);
+            // Blocks beyond the first write the same numbers: one block where that is no matter.
+            let grid = [if [0, 1, 2, 3, 6, 7].contains(&which) { 1 } else { 2 }, 1];
+            let launches = (0..8).map(|_| launch(&device, &Launch::new("probe_races", grid, 64, &params).shared(1024)));
+            let errors: Vec<String> = launches.filter_map(Result::err).map(|error| error.to_string()).collect();
+            match expected {
+                None => assert!(errors.is_empty(), "{which}: {errors:?}"),
+                // Not in every order where only writes are remembered.
+                Some((what, other)) => {
+                    assert!(errors.len() >= if which == 5 { 1 } else { 8 }, "{which}: {errors:?}");
+                    assert!(errors.iter().all(|e| e.contains(what) && e.contains(other)), "{which}: {errors:?}");
+                }
+            }
+        }
     });
 }
 
@@ -163,7 +206,12 @@ fn ldmatrix_has_what_was_written_before_a_barrier_only() {
         for synced in [true, false] {
             let out = Memory::new(&device, 512).expect("memory");
             let params = numbers(&out, &out, u32::from(synced));
-            launch(&device, &Launch::new("probe_rows", [1, 1], 32, &params).shared(512)).expect("launch");
+            let launched = launch(&device, &Launch::new("probe_rows", [1, 1], 32, &params).shared(512));
+            if notices_races() {
+                assert_eq!(launched.is_ok(), synced, "{launched:?}");
+                continue;
+            }
+            launched.expect("launch");
             let found = out.read::<u32>(0, 128).expect("read");
             // Lane l of matrix m has word l % 4 of the row that lane 8 m + l / 4 names.
             let expected: Vec<u32> = (0..128).map(|i| (31 - (i / 32 * 8 + i % 32 / 4)) * 4 + i % 4).collect();
@@ -243,21 +291,21 @@ fn shared_memory_and_allocations_hold_nan_at_first() {
 
 #[test]
 fn a_store_behind_shared_memory_ends_the_process() {
-    sanitised_fails("heap-buffer-overflow", || {
+    sanitised_fails(MEMORY, "heap-buffer-overflow", || {
         wrong(11);
     });
 }
 
 #[test]
 fn a_store_behind_an_allocation_ends_the_process() {
-    sanitised_fails("heap-buffer-overflow", || {
+    sanitised_fails(MEMORY, "heap-buffer-overflow", || {
         wrong(12);
     });
 }
 
 #[test]
 fn a_load_from_an_odd_address_ends_the_process() {
-    sanitised_fails("misaligned address", || {
+    sanitised_fails(MEMORY, "misaligned address", || {
         wrong(13);
     });
 }
