@@ -2,4 +2,5 @@
 
 mod emulator;
 mod rows;
+mod sample;
 mod support;
