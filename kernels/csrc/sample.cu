@@ -232,17 +232,17 @@ KERNEL(sample_scan, SampleParams, SCAN_THREADS) {
   u64 groups = static_cast<u64>(row) * div_up(p.vocab, GROUP);
   Logits l;
   load_split(l, logits, p.vocab);
-  SplitResult result;
-  result.best[0] = split_best(l);
-  result.sum[0] = split_sum(l, logit_of(result.best[0]), LOG2_E);
+  SplitResult* result = p.split_results + static_cast<u64>(row) * p.splits + blockIdx.x;
+  u64 best = split_best(l);
+  double sum = split_sum(l, logit_of(best), LOG2_E);
+  if (threadIdx.x == 0) *result = SplitResult{{sum, sum}, {best, best}};
   if (r.top > 0) store_groups(l, p.groups[0] + groups, p.vocab);
 
-  u32 begin = r.starts ? r.starts[blockIdx.x] : 0, end = r.starts ? r.starts[blockIdx.x + 1] : 0;
-  result.best[1] = result.best[0];
-  result.sum[1] = result.sum[0];
-  if (begin < end) {
+  bool changes = r.starts && r.starts[blockIdx.x] < r.starts[blockIdx.x + 1];
+  if (changes) {
     // Every thread has its logits: there was a barrier.
-    for (u32 i = begin + threadIdx.x; i < end; i += SCAN_THREADS) {
+    u32 end = r.starts[blockIdx.x + 1];
+    for (u32 i = r.starts[blockIdx.x] + threadIdx.x; i < end; i += SCAN_THREADS) {
       Change change = r.changes[i];
       u32 token = change.token & ~(SEEN | GENERATED);
       float before = logits[token];
@@ -251,13 +251,16 @@ KERNEL(sample_scan, SampleParams, SCAN_THREADS) {
     }
     __syncthreads();
     load_split(l, logits, p.vocab);
-    result.best[1] = split_best(l);
+    best = split_best(l);
+    if (threadIdx.x == 0) result->best[1] = best;
   }
   if (r.draws && r.scale != 0.0f) {
-    if (begin < end || r.scale != LOG2_E) result.sum[1] = split_sum(l, logit_of(result.best[1]), r.scale);
+    if (changes || r.scale != LOG2_E) {
+      sum = split_sum(l, logit_of(best), r.scale);
+      if (threadIdx.x == 0) result->sum[1] = sum;
+    }
     if (is_cut(r)) store_groups(l, p.groups[1] + groups, p.vocab);
   }
-  if (threadIdx.x == 0) p.split_results[static_cast<u64>(row) * p.splits + blockIdx.x] = result;
 }
 
 // ---- sample_pick

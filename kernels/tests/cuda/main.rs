@@ -3,4 +3,5 @@
 mod backend;
 mod emulator;
 mod rows;
+mod sample;
 mod support;
