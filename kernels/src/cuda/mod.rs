@@ -3,6 +3,8 @@
 pub mod device;
 #[cfg(feature = "emulated")]
 pub mod emulated;
+pub mod lora;
+pub mod pages;
 pub mod sources;
 pub mod step;
 pub mod tensor;

@@ -1,4 +1,5 @@
 //! The CUDA kernels on the host: their own sources, under the address sanitiser, against the references.
 
 mod emulator;
+mod lora;
 mod support;
