@@ -4,4 +4,5 @@ mod backend;
 mod emulator;
 mod rows;
 mod sample;
+mod lora;
 mod support;
