@@ -90,16 +90,7 @@ struct Params {
   float scale_log2;   // scale / ln 2
 };
 
-// The largest of no scores; and IEEE operations that no compiler joins or takes apart.
-#ifdef OPENLORA_HOST
-#define NOTHING (-__builtin_huge_valf())
-DEVICE float larger(float a, float b) { return __builtin_fmaxf(a, b); }
-DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-#else
-#define NOTHING __uint_as_float(0xff800000u)
-DEVICE float larger(float a, float b) { return fmaxf(a, b); }
-DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-#endif
+#define NOTHING __uint_as_float(0xff800000u)  // the largest of no scores
 
 // The first position that the row at `position` sees.
 DEVICE u32 first_seen(u32 position, u32 window) { return window == 0 || position < window ? 0 : position + 1 - window; }
@@ -119,18 +110,18 @@ struct Merge {
 
   // Moves `largest` on to that of both.
   DEVICE Merge(float& largest, float coming, float scale_log2) {
-    float both = larger(largest, coming);
+    float both = fmaxf(largest, coming);
     float reference = reference_of(both);
-    before = exp2_approx((largest - reference) * scale_log2);
-    after = exp2_approx((coming - reference) * scale_log2);
+    before = exp2_approx(__fmul_rn(largest - reference, scale_log2));
+    after = exp2_approx(__fmul_rn(coming - reference, scale_log2));
     largest = both;
   }
-  DEVICE float operator()(float there, float coming) const { return multiply_add(there, before, coming * after); }
+  DEVICE float operator()(float there, float coming) const { return __fmaf_rn(there, before, __fmul_rn(coming, after)); }
 };
 
 // The attention of blocks of TILES x 16 pairs, each 16 pairs the work of WARPS warps, for heads of at most HEAD elements (a multiple
 // of 32; shorter heads are filled up with zeros).
-template <typename T, u32 HEAD, u32 TILES, u32 WARPS, bool SHARED_Q>
+template <typename T, u32 HEAD, u32 TILES, u32 WARPS, bool SHARED_Q, bool TIGHT>
 struct Attend {
   static constexpr u32 THREADS = TILES * WARPS * WARP;
   static constexpr u32 KEYS = HEAD > 128 ? 32 : 64;
@@ -138,17 +129,18 @@ struct Attend {
   static constexpr u32 COLUMNS = HEAD / 16;                   // 16 x 16 tiles of P V of all warps
   static constexpr u32 OWN = (COLUMNS + WARPS - 1) / WARPS;   // of one warp at most
   static constexpr u32 CHUNKS = HEAD / 8;                     // 16 bytes
-  // Rows lie in shared memory so that ldmatrix meets every bank once: chunks swapped by the row's low bits, or rows an odd
-  // number of chunks apart.
-  static constexpr bool SWAPPED = CHUNKS % 8 == 0;
+  // Rows lie in shared memory so that ldmatrix meets every bank once: an odd number of chunks apart, or, where there is
+  // no room for that, chunks swapped by the row's low bits.
+  static constexpr bool SWAPPED = TIGHT && CHUNKS % 8 == 0;
   static constexpr u32 STRIDE = SWAPPED ? CHUNKS : CHUNKS + 1;
   static constexpr u32 TILE_BYTES = KEYS * STRIDE * 16;
   static constexpr u32 COPIES = (KEYS * CHUNKS + THREADS - 1) / THREADS;  // of a thread
   static constexpr bool EVEN = KEYS * CHUNKS % THREADS == 0;
-  // Shared memory behind the stages, in bytes: P and the largest scores where warps exchange them, q where it is no
-  // register's, then what the splits before came to.
-  static constexpr u32 SHARED_LARGEST = WARPS > 1 ? TILES * KEYS / 16 * WARP * 16 : 0;
-  static constexpr u32 SHARED_QUERIES = SHARED_LARGEST + (WARPS > 1 ? TILES * WARPS * ROWS * 4 : 0);
+  // Shared memory behind the stages, in bytes: P and the largest scores where warps exchange them, q where it is not in
+  // registers, then what the splits before came to.
+  static constexpr u32 EXCHANGED = WARPS > 1 ? TILES * KEYS / 16 * WARP * 16 : 0;
+  static constexpr u32 LARGEST = WARPS > 1 ? TILES * WARPS * ROWS * 4 : 0;
+  static constexpr u32 QUERIES = SHARED_Q ? TILES * HEAD / 16 * WARP * 16 : 0;
 
   const Params& p;
   u8* stages;   // [2][keys, values]
@@ -169,6 +161,7 @@ struct Attend {
   u32 low, high, low_last;   // of the warp: first and last row's positions, where the last row's window begins
 
   DEVICE explicit Attend(const Params& params) : p(params) {
+    static_assert((4 * TILE_BYTES + EXCHANGED + LARGEST + QUERIES) % 16 == 0, "alignment");
     stages = shared_memory();
     rest = stages + 4 * TILE_BYTES;
     lane = threadIdx.x % WARP;
@@ -222,7 +215,7 @@ struct Attend {
 
   // This lane's fragments of q in shared memory, one for each 16 elements, WARP * 4 apart.
   DEVICE u32* queries() const {
-    return reinterpret_cast<u32*>(rest + SHARED_QUERIES) + (tile * (HEAD / 16) * WARP + lane) * 4;
+    return reinterpret_cast<u32*>(rest + EXCHANGED + LARGEST) + (tile * (HEAD / 16) * WARP + lane) * 4;
   }
 
   // The fragment of 16 elements; `query` is where the lane's two rows have theirs, or null.
@@ -246,41 +239,58 @@ struct Attend {
     largest[0] = largest[1] = NOTHING;
   }
 
+  // The row of a tile that is this thread's i-th to copy 16 bytes of.
+  static DEVICE u32 copied_row(u32 i) {
+    return THREADS % CHUNKS == 0 ? threadIdx.x / CHUNKS + i * (THREADS / CHUNKS) : (threadIdx.x + i * THREADS) / CHUNKS;
+  }
+
   // Starts the copy of the keys and values of the tile at `start`; places outside from..=until become zeros.
   DEVICE void copy(u32 stage, u32 start, u32 from, u32 until) {
     u8* to_keys = stages + stage * 2 * TILE_BYTES;
     u8* to_values = to_keys + TILE_BYTES;
-    u64 values = static_cast<u64>(p.block_size) * p.head_dim * sizeof(T);
+    u32 values = p.block_size * p.head_dim * sizeof(T);
+    if (p.head_dim % 8 != 0) {
+      copy_words(to_keys, start, from, until);
+      return;
+    }
     // All page numbers are asked for before the first is needed.
     u32 pages[COPIES];
 #pragma unroll
     for (u32 i = 0; i < COPIES; i++) {
-      u32 at = start + (threadIdx.x + i * THREADS) / CHUNKS;
+      u32 at = start + copied_row(i);
       pages[i] = at >= from && at <= until ? table[at / p.block_size] : 0;
     }
 #pragma unroll
     for (u32 i = 0; i < COPIES; i++) {
-      u32 row = (threadIdx.x + i * THREADS) / CHUNKS;
-      u32 chunk = (threadIdx.x + i * THREADS) % CHUNKS;
+      u32 row = copied_row(i), chunk = (threadIdx.x + i * (THREADS % CHUNKS)) % CHUNKS;
       if (!EVEN && row >= KEYS) continue;
-      bool seen = start + row >= from && start + row <= until;
-      u64 offset = static_cast<u64>((start + row) % p.block_size) * p.head_dim * sizeof(T) + chunk * 16;
-      const u8* source = keys + pages[i] * p.page_bytes + offset;
+      bool seen = start + row >= from && start + row <= until && chunk * 8 < p.head_dim;
+      u64 offset = pages[i] * p.page_bytes + (start + row) % p.block_size * (p.head_dim * sizeof(T)) + chunk * 16;
+      const u8* source = keys + (seen ? offset : 0);
       u32 to = place(row, chunk);
-      if (p.head_dim % 8 == 0) {
-        seen = seen && chunk * 8 < p.head_dim;
-        source = seen ? source : keys;
-        async_copy_16(to_keys + to, source, seen ? 16 : 0);
-        async_copy_16(to_values + to, source + values, seen ? 16 : 0);
-      } else {
-        for (u32 word = 0; word < 4; word++) {
-          bool in = seen && chunk * 8 + word * 2 < p.head_dim;
-          reinterpret_cast<u32*>(to_keys + to)[word] = in ? reinterpret_cast<const u32*>(source)[word] : 0;
-          reinterpret_cast<u32*>(to_values + to)[word] = in ? reinterpret_cast<const u32*>(source + values)[word] : 0;
-        }
-      }
+      async_copy_16(to_keys + to, source, seen ? 16 : 0);
+      async_copy_16(to_values + to, source + values, seen ? 16 : 0);
     }
     async_commit();
+  }
+
+  // The same for heads that are not whole chunks of 16 bytes.
+  DEVICE void copy_words(u8* to_keys, u32 start, u32 from, u32 until) {
+    constexpr u32 WORDS = HEAD / 2;
+    const u8* values = keys + static_cast<u64>(p.block_size) * p.head_dim * sizeof(T);
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < KEYS * WORDS; i += THREADS) {
+      u32 row = i / WORDS, word = i % WORDS, at = start + row;
+      u32 key = 0, value = 0;
+      if (at >= from && at <= until && word * 2 < p.head_dim) {
+        u64 offset = table[at / p.block_size] * p.page_bytes + (at % p.block_size * p.head_dim + word * 2) * sizeof(T);
+        key = *reinterpret_cast<const u32*>(keys + offset);
+        value = *reinterpret_cast<const u32*>(values + offset);
+      }
+      u32 to = place(row, word / 4) + word % 4 * 4;
+      *reinterpret_cast<u32*>(to_keys + to) = key;
+      *reinterpret_cast<u32*>(to_keys + TILE_BYTES + to) = value;
+    }
   }
 
   // One tile of keys and values, at `start`, into the sums.
@@ -330,12 +340,11 @@ struct Attend {
     }
     float factors[2], references[2];
     move_largest(scores, factors, references);
+    float offsets[2] = {__fmul_rn(-references[0], p.scale_log2), __fmul_rn(-references[1], p.scale_log2)};
 #pragma unroll
     for (u32 j = 0; j < SCORES; j++) {
 #pragma unroll
-      for (u32 e = 0; e < 4; e++) {
-        scores[j][e] = exp2_approx(multiply_add(scores[j][e], p.scale_log2, -references[e / 2] * p.scale_log2));
-      }
+      for (u32 e = 0; e < 4; e++) scores[j][e] = exp2_approx(__fmaf_rn(scores[j][e], p.scale_log2, offsets[e / 2]));
     }
     // A factor of 1 changes nothing; it is the usual case once the largest score has been met.
     if (__any_sync(ALL_LANES, factors[0] != 1.0f || factors[1] != 1.0f)) {
@@ -393,15 +402,15 @@ struct Attend {
 #pragma unroll
     for (u32 j = 0; j < SCORES; j++) {
 #pragma unroll
-      for (u32 e = 0; e < 4; e++) here[e / 2] = larger(here[e / 2], scores[j][e]);
+      for (u32 e = 0; e < 4; e++) here[e / 2] = fmaxf(here[e / 2], scores[j][e]);
     }
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-      here[r] = larger(here[r], __shfl_xor_sync(ALL_LANES, here[r], 1));
-      here[r] = larger(here[r], __shfl_xor_sync(ALL_LANES, here[r], 2));
+      here[r] = fmaxf(here[r], __shfl_xor_sync(ALL_LANES, here[r], 1));
+      here[r] = fmaxf(here[r], __shfl_xor_sync(ALL_LANES, here[r], 2));
     }
     if constexpr (WARPS > 1) {
-      float* exchange = reinterpret_cast<float*>(rest + SHARED_LARGEST) + tile * WARPS * ROWS;
+      float* exchange = reinterpret_cast<float*>(rest + EXCHANGED) + tile * WARPS * ROWS;
       if (lane % 4 == 0) {
         exchange[part * ROWS + lane / 4] = here[0];
         exchange[part * ROWS + lane / 4 + 8] = here[1];
@@ -409,15 +418,15 @@ struct Attend {
       __syncthreads();
 #pragma unroll
       for (u32 other = 0; other < WARPS; other++) {
-        here[0] = larger(here[0], exchange[other * ROWS + lane / 4]);
-        here[1] = larger(here[1], exchange[other * ROWS + lane / 4 + 8]);
+        here[0] = fmaxf(here[0], exchange[other * ROWS + lane / 4]);
+        here[1] = fmaxf(here[1], exchange[other * ROWS + lane / 4 + 8]);
       }
     }
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-      float both = larger(largest[r], here[r]);
+      float both = fmaxf(largest[r], here[r]);
       references[r] = reference_of(both);
-      factors[r] = exp2_approx((largest[r] - references[r]) * p.scale_log2);
+      factors[r] = exp2_approx(__fmul_rn(largest[r] - references[r], p.scale_log2));
       largest[r] = both;
     }
   }
@@ -520,8 +529,7 @@ struct Attend {
     u32 until = positions[last_pair / group];
     copy(0, from / KEYS * KEYS, from, until);
     take_pairs(first);
-    constexpr u32 SHARED_TOTALS = SHARED_QUERIES + (SHARED_Q ? TILES * HEAD / 16 * WARP * 16 : 0);
-    float* totals = reinterpret_cast<float*>(rest + SHARED_TOTALS) + threadIdx.x;
+    float* totals = reinterpret_cast<float*>(rest + EXCHANGED + LARGEST + QUERIES) + threadIdx.x;
     float total_weight[2] = {0.0f, 0.0f}, total_largest[2] = {NOTHING, NOTHING};
     bool joined = false;
     auto join = [&](bool keep) {
@@ -550,17 +558,17 @@ struct Attend {
 template <typename T, u32 HEAD>
 DEVICE void attention_few(const Params& p) {
   u32 work = p.plan->few * p.kv_heads;
-  Attend<T, HEAD, 1, 4, (HEAD > 128)> attend(p);
+  Attend<T, HEAD, 1, 4, (HEAD > 128), false> attend(p);
   for (u32 i = blockIdx.x; i < work; i += gridDim.x) {
     __syncthreads();  // with the shared memory of the item before
     attend.few(p.few[i / p.kv_heads], i % p.kv_heads);
   }
 }
 
-template <typename T, u32 HEAD, u32 TILES, u32 WARPS, bool SHARED_Q>
+template <typename T, u32 HEAD, u32 TILES, u32 WARPS, bool SMALL>
 DEVICE void attention_many(const Params& p) {
   u32 work = p.plan->many * p.kv_heads;
-  Attend<T, HEAD, TILES, WARPS, SHARED_Q> attend(p);
+  Attend<T, HEAD, TILES, WARPS, (!SMALL && HEAD > 64), SMALL> attend(p);
   for (u32 i = blockIdx.x; i < work; i += gridDim.x) {
     __syncthreads();
     attend.many(p.many[i / p.kv_heads], i % p.kv_heads);
@@ -729,14 +737,14 @@ KERNEL(attention_f32, Params, 128) {
     float score = NOTHING;
     if (seen) {
       score = 0.0f;
-      for (u32 d = 0; d < p.head_dim; d++) score = multiply_add(query[d], key[d], score);
+      for (u32 d = 0; d < p.head_dim; d++) score = __fmaf_rn(query[d], key[d], score);
     }
-    float both = larger(largest, warp_max(score));
+    float both = fmaxf(largest, warp_max(score));
     float reference = reference_of(both);
     float factor = exp2_approx((largest - reference) * p.scale_log2);
     float own = seen ? exp2_approx((score - reference) * p.scale_log2) : 0.0f;
     largest = both;
-    weight = multiply_add(weight, factor, warp_sum(own));
+    weight = __fmaf_rn(weight, factor, warp_sum(own));
     weights[lane] = own;
     __syncwarp();
     u32 begin = base < from ? from - base : 0;
@@ -748,7 +756,7 @@ KERNEL(attention_f32, Params, 128) {
       float sum = sums[i] * factor;
 #pragma unroll 2
       for (u32 k = begin; k < end; k++) {
-        sum = multiply_add(weights[k], reinterpret_cast<const float*>(values_at[k])[d], sum);
+        sum = __fmaf_rn(weights[k], reinterpret_cast<const float*>(values_at[k])[d], sum);
       }
       sums[i] = sum;
     }
@@ -761,10 +769,11 @@ KERNEL(attention_f32, Params, 128) {
   }
 }
 
+// `small` is for devices with about 100 KiB of shared memory for a block.
 #define KERNELS_OF_HEAD(T, HEAD)                                                                            \
   KERNEL(attention_few_##HEAD##_##T, Params, 128) { attention_few<T, HEAD>(p); }                            \
-  KERNEL(attention_many_small_##HEAD##_##T, Params, 128) { attention_many<T, HEAD, 4, 1, false>(p); }       \
-  KERNEL(attention_many_##HEAD##_##T, Params, 384) { attention_many<T, HEAD, 12, 1, (HEAD > 64)>(p); }
+  KERNEL(attention_many_small_##HEAD##_##T, Params, 128) { attention_many<T, HEAD, 4, 1, true>(p); }        \
+  KERNEL(attention_many_##HEAD##_##T, Params, 384) { attention_many<T, HEAD, 12, 1, false>(p); }
 
 // Heads of up to 256 elements: two warps share 16 pairs, so that the sums fit in registers.
 #define KERNELS(T)                                                                                          \
@@ -773,8 +782,8 @@ KERNEL(attention_f32, Params, 128) {
   KERNELS_OF_HEAD(T, 96)                                                                                    \
   KERNELS_OF_HEAD(T, 128)                                                                                   \
   KERNEL(attention_few_256_##T, Params, 128) { attention_few<T, 256>(p); }                                  \
-  KERNEL(attention_many_small_256_##T, Params, 128) { attention_many<T, 256, 2, 2, false>(p); }             \
-  KERNEL(attention_many_256_##T, Params, 384) { attention_many<T, 256, 6, 2, true>(p); }
+  KERNEL(attention_many_small_256_##T, Params, 128) { attention_many<T, 256, 2, 2, true>(p); }              \
+  KERNEL(attention_many_256_##T, Params, 384) { attention_many<T, 256, 6, 2, false>(p); }
 
 KERNELS(f16)
 #if defined(OPENLORA_HOST) || __CUDA_ARCH__ >= 800

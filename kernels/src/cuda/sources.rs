@@ -23,6 +23,8 @@ pub const HEADERS: &[Source] = sources!("include":
 
 /// The files of kernels, each compiled by itself. A kernel's name is unique among them all.
 pub const KERNELS: &[Source] = sources!("csrc":
+    "attention.cu",
+    "rope.cu",
 );
 
 /// What NVRTC is given for an architecture, such as `sm_90a`.

@@ -1,4 +1,6 @@
 //! The CUDA kernels on the host: their own sources, under the address sanitiser, against the references.
 
+mod attention;
 mod emulator;
+mod rope;
 mod support;
