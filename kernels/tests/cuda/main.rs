@@ -5,4 +5,6 @@ mod emulator;
 mod rows;
 mod sample;
 mod lora;
+mod attention;
+mod rope;
 mod support;
