@@ -20,6 +20,7 @@ use std::sync::{Arc, mpsc};
 use std::time::SystemTime;
 
 use super::library::{Nvrtc, Places};
+use super::sources::{HEADERS, KERNELS, Source, nvrtc_options};
 use crate::KernelError;
 
 /// Files the cache keeps beyond those in use.
@@ -31,24 +32,29 @@ const IMAGE_BYTES_MAX: u64 = 256 << 20;
 const MAGIC: &[u8; 8] = b"OLKERNL1";
 const HEADER: usize = 8 + 8 + 32;
 
-/// A text under the name by which `#include` and messages know it.
-pub type Text<'a> = (&'a str, &'a str);
-
 /// What is compiled.
 #[derive(Clone, Copy, Debug)]
 pub struct Job<'a> {
     /// The `.cu` files.
-    pub sources: &'a [Text<'a>],
+    pub sources: &'a [Source],
     /// What they include.
-    pub headers: &'a [Text<'a>],
-    /// NVRTC's options, all but the architecture.
-    pub options: &'a [&'a str],
+    pub headers: &'a [Source],
+    /// NVRTC's options for an architecture.
+    pub options: fn(&str) -> Vec<String>,
+}
+
+impl Job<'static> {
+    /// The product's kernels.
+    #[must_use]
+    pub fn product() -> Self {
+        Self { sources: KERNELS, headers: HEADERS, options: nvrtc_options }
+    }
 }
 
 /// What kernels are compiled for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// As NVRTC's `-arch` takes it: `sm_90a`, or `compute_90` where the driver is to do the rest.
+    /// As NVRTC's option takes it: `sm_90a`, or `compute_90` where the driver is to do the rest.
     pub arch: String,
 }
 
@@ -181,7 +187,7 @@ impl Compiler {
         let files: Vec<String> = job.sources.iter().map(|source| self.file_name(target, job, source)).collect();
         let mut images: Vec<Option<Vec<u8>>> = vec![None; total];
         let mut done = 0;
-        for (index, (name, _)) in job.sources.iter().enumerate() {
+        for (index, Source { name, .. }) in job.sources.iter().enumerate() {
             let found = self.cache.as_ref().and_then(|cache| read_image(&cache.join(&files[index])));
             if let Some(found) = found {
                 images[index] = Some(found);
@@ -200,7 +206,7 @@ impl Compiler {
                     }
                     images[index] = Some(image);
                     done += 1;
-                    progress(Progress { name: job.sources[index].0, done, total, compiled: true });
+                    progress(Progress { name: job.sources[index].name, done, total, compiled: true });
                 }
                 Err(error) => failed = failed.take().or(Some(error)),
             });
@@ -233,7 +239,7 @@ impl Compiler {
                 let (sender, next) = (sender.clone(), &next);
                 scope.spawn(move || {
                     while let Some(&index) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let outcome = self.compile_one(target, job, job.sources[index]);
+                        let outcome = self.compile_one(target, job, &job.sources[index]);
                         if sender.send((index, outcome)).is_err() {
                             return;
                         }
@@ -247,42 +253,40 @@ impl Compiler {
         });
     }
 
-    fn compile_one(&self, target: &Target, job: &Job<'_>, source: Text<'_>) -> Result<Vec<u8>, KernelError> {
-        let what = format!("compiling {} for {}", source.0, target.arch);
+    fn compile_one(&self, target: &Target, job: &Job<'_>, source: &Source) -> Result<Vec<u8>, KernelError> {
+        let what = format!("compiling {} for {}", source.name, target.arch);
         let text = |value: &str| {
             CString::new(value).map_err(|_| self.nvrtc.error(&what, "a text with a NUL in it".to_owned()))
         };
-        let (name, body) = (text(source.0)?, text(source.1)?);
+        let (name, body) = (text(source.name)?, text(source.text)?);
         let mut names = Vec::new();
         let mut bodies = Vec::new();
-        for (name, body) in job.headers {
-            names.push(text(name)?);
-            bodies.push(text(body)?);
+        for header in job.headers {
+            names.push(text(header.name)?);
+            bodies.push(text(header.text)?);
         }
-        let mut options = vec![text(&format!("-arch={}", target.arch))?];
-        for option in job.options {
-            options.push(text(option)?);
-        }
+        let options = (job.options)(&target.arch).iter().map(|option| text(option)).collect::<Result<Vec<_>, _>>()?;
         let program = Program::new(&self.nvrtc, &what, (&name, &body), (&names, &bodies))?;
         program.compile(&what, &options)?;
         program.image(&what, target.is_ptx())
     }
 
     /// The cache's file for a source: everything the image depends on is in its name.
-    fn file_name(&self, target: &Target, job: &Job<'_>, source: &Text<'_>) -> String {
+    fn file_name(&self, target: &Target, job: &Job<'_>, source: &Source) -> String {
         let mut hasher = blake3::Hasher::new();
         // Lengths keep two lists apart whose texts join to the same.
         let mut put = |text: &str| {
             hasher.update(&(text.len() as u64).to_le_bytes());
             hasher.update(text.as_bytes());
         };
-        put(&format!("nvrtc {}.{} {} {}", self.version.0, self.version.1, target.arch, job.options.len()));
-        job.options.iter().for_each(|option| put(option));
-        for (name, body) in std::iter::once(source).chain(job.headers) {
-            put(name);
-            put(body);
+        let options = (job.options)(&target.arch);
+        put(&format!("nvrtc {}.{} {}", self.version.0, self.version.1, options.len()));
+        options.iter().for_each(|option| put(option));
+        for file in std::iter::once(source).chain(job.headers) {
+            put(file.name);
+            put(file.text);
         }
-        let stem = source.0.trim_end_matches(".cu").replace(['/', '\\'], "_");
+        let stem = source.name.trim_end_matches(".cu").replace(['/', '\\'], "_");
         format!("{stem}-{}-{}.bin", target.arch, &hasher.finalize().to_hex()[..32])
     }
 }

@@ -4,8 +4,11 @@ mod blas;
 pub mod compile;
 pub mod device;
 pub mod driver;
+#[cfg(feature = "emulated")]
+pub mod emulated;
 mod library;
 pub mod probe;
+pub mod sources;
 mod staging;
 pub mod step;
 pub mod tensor;
