@@ -219,7 +219,7 @@ impl Compiler {
         }
         let named = images.into_iter().zip(job.sources);
         Ok(named
-            .map(|(bytes, (name, _))| Image { name: (*name).to_owned(), bytes: bytes.unwrap_or_default() })
+            .map(|(bytes, source)| Image { name: source.name.to_owned(), bytes: bytes.unwrap_or_default() })
             .collect())
     }
 
