@@ -2,7 +2,10 @@
 
 pub mod attention;
 pub mod backend;
+mod blas;
+pub mod compile;
 pub mod device;
+pub mod driver;
 #[cfg(feature = "emulated")]
 pub mod emulated;
 pub mod lora;
@@ -10,9 +13,13 @@ pub mod pages;
 pub mod rope;
 pub mod rows;
 pub mod sample;
+mod library;
+pub mod probe;
 pub mod sources;
+mod staging;
 pub mod step;
 pub mod tensor;
 pub mod weights;
 
 pub use backend::Cuda;
+pub use library::{Missing, Places};
