@@ -8,13 +8,13 @@ pub mod device;
 pub mod driver;
 #[cfg(feature = "emulated")]
 pub mod emulated;
+mod library;
 pub mod lora;
 pub mod pages;
+pub mod probe;
 pub mod rope;
 pub mod rows;
 pub mod sample;
-mod library;
-pub mod probe;
 pub mod sources;
 mod staging;
 pub mod step;

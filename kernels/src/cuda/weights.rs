@@ -141,7 +141,7 @@ fn converted<T: Copy + Default + Send>(
                 *value = to(*x).ok_or_else(range)?;
             }
         }
-        Ok(())
+        Ok::<_, KernelError>(())
     };
     std::thread::scope(|scope| {
         let parts = (rows.start..rows.end).step_by(each).zip(values.chunks_mut((each * width).max(1)));
