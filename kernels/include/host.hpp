@@ -7,8 +7,8 @@
 //   shared memory             exactly as large as the launch says, full of NaN (0xff) before each block
 //   async_copy_16             its 16 bytes are NaN until async_wait of their group copies them
 //   __syncthreads, *_sync     an error when threads have ended or are at another place in the source, or when the mask is not full
-//   alignment, bounds         the sanitisers' business; ldmatrix and async_copy_16 check them themselves
-//   races                     when compiled with -fsanitize=thread: see below
+//   bounds                    with -fsanitize=address
+//   alignment, races          with -fsanitize=thread: see below; ldmatrix and async_copy_16 check their alignment always
 //
 // src/cuda/emulated.rs compiles each file of csrc into a shared library of its own and calls the entries that KERNEL defines.
 #pragma once
@@ -314,6 +314,13 @@ inline void report_race(const Access& then, bool then_writes, const Access& now,
          writes ? "writes" : "reads", here, then.thread, other, then_writes ? "wrote" : "read", there);
 }
 
+inline void look_at_alignment(const void* address, u64 bytes, bool write, const Access& now) {
+  if (bytes > 16 || (bytes & (bytes - 1)) || reinterpret_cast<u64>(address) % (bytes ? bytes : 1) == 0) return;
+  char here[256];
+  describe(now, here, sizeof here);
+  report("%s %llu bytes at %s from an address that is not aligned to them", write ? "writes" : "reads", bytes, here);
+}
+
 HOST_PLAIN inline void look_at_shared(u64 offset, bool write, const Access& now) {
   Cell& cell = machine->shared_cells[offset];
   // What earlier blocks did there was in memory of their own.
@@ -343,6 +350,7 @@ HOST_PLAIN inline void look_at_global(u64 address, u64 bytes, bool write, const 
     }
   }
   if (low == machine->launch->allocations_count || machine->launch->allocations[low][0] > address) return;
+  look_at_alignment(reinterpret_cast<const void*>(address), bytes, write, now);
   std::array<Access, 16>* line = nullptr;
   for (u64 i = address; i < address + bytes && !machine->failed; i++) {
     if (!line || i % 16 == 0) {
@@ -368,6 +376,7 @@ HOST_PLAIN __attribute__((noinline)) void access(const void* address, u64 bytes,
   m.looking = true;
   if (from >= m.shared && from < m.shared + m.launch->shared_bytes) {
     u64 begin = static_cast<u64>(from - m.shared);
+    look_at_alignment(address, bytes, write, now);
     for (u64 i = begin; i < begin + bytes && i < m.launch->shared_bytes && !m.failed; i++) look_at_shared(i, write, now);
   } else {
     look_at_global(reinterpret_cast<u64>(address), bytes, write, now);
