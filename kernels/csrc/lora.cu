@@ -26,14 +26,16 @@
 // additions in order over the splits; over ranks, mma's in order. Nothing of that knows how many rows, blocks or multiprocessors there
 // are. Tiles are dealt out by their number, and no two blocks write the same place.
 //
-// Bytes by design, bf16, q, k, v of Llama-3.1-8B (4,096 -> 4,096 + 1,024 + 1,024), r16; floor: factors once, x once, out read and written:
+// Bytes by design: bf16, r16, q, k, v of Llama-3.1-8B (4,096 -> 4,096 + 1,024 + 1,024), in MB. Floor: every factor and x once, out read
+// and written once. "L2" is what is read again shortly after somebody else has read or written it.
 //
-//                            shrink                                         expand                                    of the floor
-//   64 rows, 64 adapters     A 25.2 MB, x 2.1 (L2) [0.5], z 0.05            B 12.6, z 0.8 (L2), out 0.8 + 0.8         1.01
-//   64 rows, 1 adapter       A 0.4 (+ 1.2 L2), x 0.5 (+ 1.0 L2), z 0.05     B 0.2 (+ 0.6 L2), out 0.8 + 0.8           1.02
-//   8,192 rows, 1 adapter    x 67, A 0.4 (+ 25 L2), z 6.3                   out 101 + 101, z 6.3 (+ 69 L2)            1.05
+//                            shrink                                     expand                                         floor   above it
+//   64 rows, 64 adapters     A 25.2, x 0.5 (L2 1.0), z 0.05             B 12.6, out 0.8 + 0.8, z (L2 0.2)               39.9    0.4%
+//   64 rows, 1 adapter       A 0.4 (L2 1.2), x 0.5 (L2 1.0), z 0.05     B 0.2 (L2 0.6), out 0.8 + 0.8, z (L2 0.2)        2.7    4%
+//   8,192 rows, 1 adapter    x 67, A 0.4 (L2 25), z 6.3                 B 0.2 (L2 25), out 101 + 101, z 6.3 (L2 19)    269      5%
 //
-// The items that are read beside, 48 and 80 bytes for a tile's 32 and 16 KiB, are below 0.5%.
+// Above it are z and the items, 48 bytes for a tile's 32 KiB and 80 for 16 KiB, which the plan writes before. The second case is
+// 0.6 us of bytes: there the launches and three round trips to memory in each are all the time.
 #include "step.cuh"
 
 constexpr u32 THREADS = 256;
@@ -659,7 +661,8 @@ DEVICE void fragments(u32 (&a)[4][4], const LoraExpand& item, u32 unit, u32 leng
 
 template <typename T, typename O, bool GATHERS, bool STRIPS>
 DEVICE void expand_tile(const LoraExpandParams& p, const LoraExpand& item, const ExpandTile& tile, T* z) {
-  constexpr u32 AHEAD = sizeof(O) == 4 ? 1 : 2;  // times 8 rows of out that are on their way: what registers hold
+  // Times 8 rows of out that are on their way: what registers hold.
+  constexpr i32 AHEAD = GATHERS ? 0 : sizeof(O) == 4 ? 1 : 2;
   u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   const u32 outputs = p.columns[tile.site].outputs, first = p.columns[tile.site].first;
   u32 length = padded<T>(outputs), column = tile.column + threadIdx.x / WARP * 64 + g * 8;
@@ -670,9 +673,9 @@ DEVICE void expand_tile(const LoraExpandParams& p, const LoraExpand& item, const
   u32 a[4][4];
   fragments<T, STRIPS>(a, item, 0, length, column);
   // Of each 8 rows a lane has two.
-  Eight<O> ahead[AHEAD][2];
+  Eight<O> ahead[AHEAD + 1][2];
 #pragma unroll
-  for (u32 i = 0; i < AHEAD * 2; i++) {
+  for (i32 i = 0; i < AHEAD * 2; i++) {
     u32 row = i / 2 * 8 + t * 2 + i % 2;
     ahead[i / 2][i % 2] = Eight<O>::load(out + static_cast<u64>(row) * p.width, aligned, row < rows ? count : 0);
   }
@@ -682,13 +685,14 @@ DEVICE void expand_tile(const LoraExpandParams& p, const LoraExpand& item, const
   }
   __syncthreads();
   for (u32 start = 0; start < rows; start += 8) {
-    Eight<O> now[2] = {ahead[0][0], ahead[0][1]};
+    Eight<O> now[2];
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
-#pragma unroll
-      for (u32 k = 0; k + 1 < AHEAD; k++) ahead[k][i] = ahead[k + 1][i];
       u32 row = start + AHEAD * 8 + t * 2 + i;
-      if (row < rows) ahead[AHEAD - 1][i] = Eight<O>::load(out + static_cast<u64>(row) * p.width, aligned, count);
+      ahead[AHEAD][i] = Eight<O>::load(out + static_cast<u64>(row) * p.width, aligned, row < rows ? count : 0);
+      now[i] = ahead[0][i];
+#pragma unroll
+      for (i32 k = 0; k < AHEAD; k++) ahead[k][i] = ahead[k + 1][i];
     }
     float sum[4][4] = {};
     for (u32 unit = 0; unit < units; unit++) {

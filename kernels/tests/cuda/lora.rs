@@ -707,6 +707,33 @@ fn factors_that_do_not_fit_each_other_are_refused() {
     load(&|_| (), Some(vec![1.0; 2])).expect_err("two factors for three outputs");
 }
 
+#[test]
+#[should_panic(expected = "model.layers.1.self_attn.k_proj: rank 17 of 16 at most")]
+fn an_adapter_of_a_larger_rank_than_there_is_room_for_is_refused() {
+    run_one((33, 20), 17);
+}
+
+#[test]
+#[should_panic(expected = "model.layers.1.self_attn.k_proj: an adapter of 40 inputs and 20 outputs")]
+fn an_adapter_that_does_not_fit_the_linear_is_refused() {
+    run_one((40, 20), 16);
+}
+
+/// A step with one adapter of such sizes on a linear of 33 inputs and 20 outputs, with room for ranks up to 16.
+fn run_one(sizes: (usize, usize), rank: usize) {
+    let device = emulated();
+    let mut rng = StdRng::seed_from_u64(21);
+    let place = Site { layer: 1, module: Module::K };
+    let weights = vec![site(&mut rng, place, sizes, rank, Element::F32)];
+    let adapter = Adapter::new(&mut rng, weights, (false, false)).load(&device, Element::Bf16, PAGE);
+    let span = SiteSpan { site: place, index: place.index(LAYERS), outputs: 0..20 };
+    let linear = LoraLinear { sites: vec![span], inputs: 33, outputs: 20, bias: false, embedding: false };
+    let limits = LoraLimits { rows: 1, segments: 1, rank: 16 };
+    let plan = LoraPlan::new(&device, Element::Bf16, &[linear], limits).expect("memory");
+    let segments = [LoraSegment { row: 0, rows: 1, adapter: Some(&adapter) }];
+    plan.segments(&LoraRows { segments: &segments }).expect("own pages");
+}
+
 fn message<T: std::fmt::Debug>(result: Result<T, KernelError>) -> String {
     result.expect_err("refused").to_string()
 }
