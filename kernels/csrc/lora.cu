@@ -753,7 +753,7 @@ DEVICE void for_expand_tiles(const LoraExpandParams& p, Run run) {
 template <typename T, typename O, bool GATHERS>
 DEVICE void expand(const LoraExpandParams& p) {
   for_expand_tiles(p, [&](const LoraExpand& item, const ExpandTile& tile, void* z) {
-    if (item.width >= padded<T>(p.columns[tile.site].outputs) || item.rank == 0) {
+    if (!GATHERS && (item.width >= padded<T>(p.columns[tile.site].outputs) || item.rank == 0)) {
       expand_tile<T, O, GATHERS, false>(p, item, tile, static_cast<T*>(z));
     } else {
       expand_tile<T, O, GATHERS, true>(p, item, tile, static_cast<T*>(z));

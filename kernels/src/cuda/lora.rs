@@ -387,6 +387,16 @@ impl<D: Device> LoraPlan<D> {
         self.launch_expand("embed", planned, out, Inputs { bias: None, tokens: Some(step.tokens) }, rows_max)
     }
 
+    /// The partial sums of the linear that was shrunk last, `[splits][rows][sites][ranks]` for the limits' rows and ranks, NaN or
+    /// others' where it has none: for tests, which see in them what rounding hides in the outputs.
+    ///
+    /// # Errors
+    /// A device failure.
+    pub fn read_shrunk(&self, linear: usize) -> Result<Vec<f32>, KernelError> {
+        let planned = &self.linears[linear];
+        self.z.read(0, planned.splits() * self.limits.rows * planned.z_row())
+    }
+
     fn launch_expand(
         &self,
         what: &str,

@@ -406,13 +406,28 @@ fn long_segments_match_the_definition_and_have_the_bits_of_short_ones() {
             world.add(&mut rng, [16, 8, 40], (false, false));
             world.add(&mut rng, [9, 0, 24], (true, true));
             let world = world.with_bias();
-            let together = bits(&world.check("long segments"));
+            world.check("long segments");
             let device = emulated();
             let mut loaded = Loaded::new(&world, &device);
+            let all = world.rows();
+            let together = bits(&loaded.run(0..all, &world.segments));
+            let shrunk = loaded.plan.read_shrunk(1).expect("read");
+            // Of the ranks that site q has in each adapter, in each split.
+            let z_row = 3 * 48;
+            let sums = |z: &[f32], row: usize, adapter: usize| {
+                let ranks = [16, 9][adapter];
+                let split = |split: usize| &z[(split * all + row) * z_row..][..ranks];
+                bits(&(0..inputs.div_ceil(1_024)).flat_map(split).copied().collect::<Vec<_>>())
+            };
             let width = world.linear.outputs;
             for (rows, adapter) in [(3..4, 1), (150..166, 1), (302..303, 1), (305..310, 0), (561..564, 0)] {
                 let alone = loaded.run(rows.clone(), &[(rows.len(), Some(adapter))]);
                 assert_eq!(bits(&alone), together[rows.start * width..rows.end * width], "{element:?} rows {rows:?}");
+                let z = loaded.plan.read_shrunk(1).expect("read");
+                for row in rows.clone() {
+                    let alone = sums(&z, row - rows.start, adapter);
+                    assert_eq!(alone, sums(&shrunk, row, adapter), "{element:?} sums of row {row}");
+                }
             }
         }
     });
