@@ -26,14 +26,16 @@
 // additions in order over the splits; over ranks, mma's in order. Nothing of that knows how many rows, blocks or multiprocessors there
 // are. Tiles are dealt out by their number, and no two blocks write the same place.
 //
-// Bytes by design, bf16, q, k, v of Llama-3.1-8B (4,096 -> 4,096 + 1,024 + 1,024), r16; floor: factors once, x once, out read and written:
+// Bytes by design: bf16, r16, q, k, v of Llama-3.1-8B (4,096 -> 4,096 + 1,024 + 1,024), in MB. Floor: every factor and x once, out read
+// and written once. "L2" is what is read again shortly after somebody else has read or written it.
 //
-//                            shrink                                         expand                                    of the floor
-//   64 rows, 64 adapters     A 25.2 MB, x 2.1 (L2) [0.5], z 0.05            B 12.6, z 0.8 (L2), out 0.8 + 0.8         1.01
-//   64 rows, 1 adapter       A 0.4 (+ 1.2 L2), x 0.5 (+ 1.0 L2), z 0.05     B 0.2 (+ 0.6 L2), out 0.8 + 0.8           1.02
-//   8,192 rows, 1 adapter    x 67, A 0.4 (+ 25 L2), z 6.3                   out 101 + 101, z 6.3 (+ 69 L2)            1.05
+//                            shrink                                     expand                                         floor   above it
+//   64 rows, 64 adapters     A 25.2, x 0.5 (L2 1.0), z 0.05             B 12.6, out 0.8 + 0.8, z (L2 0.2)               39.9    0.4%
+//   64 rows, 1 adapter       A 0.4 (L2 1.2), x 0.5 (L2 1.0), z 0.05     B 0.2 (L2 0.6), out 0.8 + 0.8, z (L2 0.2)        2.7    4%
+//   8,192 rows, 1 adapter    x 67, A 0.4 (L2 25), z 6.3                 B 0.2 (L2 25), out 101 + 101, z 6.3 (L2 19)    269      5%
 //
-// The items that are read beside, 48 and 80 bytes for a tile's 32 and 16 KiB, are below 0.5%.
+// Above it are z and the items, 48 bytes for a tile's 32 KiB and 80 for 16 KiB, which the plan writes before. The second case is
+// 0.6 us of bytes: there the launches and three round trips to memory in each are all the time.
 #include "step.cuh"
 
 constexpr u32 THREADS = 256;
@@ -95,10 +97,10 @@ struct LoraExpand {
 };
 
 struct LoraCounts {
-  u32 small;  // units
-  u32 large;  // items of SHRINK_UNITS units
-  u32 expand[SITES];
-  u32 unused[3];
+  u32 small;   // units
+  u32 large;   // items of SHRINK_UNITS units
+  u32 expand;  // items of `sites` sites
+  u32 unused;
 };
 
 // One linear of the model, and where its plan goes.
@@ -106,8 +108,8 @@ struct LoraLinear {
   LoraCounts* counts;
   LoraUnit* small;
   LoraUnit* large;
-  LoraExpand* expand[SITES];
-  u32 site[SITES];  // index in an adapter's sites
+  LoraExpand* expand;  // [row tiles][sites]
+  u32 site[SITES];     // index in an adapter's sites
   u32 sites;
   u32 z_site;   // from a site to the next in a row of z
   u32 bias;     // 1: all rows are expanded, because there is a bias to add
@@ -132,17 +134,17 @@ struct LoraShrinkParams {
   u32 z_row;
   u32 inputs;
   u32 splits;
-  u32 unused;
+  u32 small_max;  // units that `small` has room for
 };
 
 struct LoraColumns {
-  const LoraExpand* items;
   u32 first;  // column in out
   u32 outputs;
 };
 
 struct LoraExpandParams {
   const LoraCounts* counts;
+  const LoraExpand* items;
   const float* z;
   const u32* tokens;  // [rows]; of lora_embed
   void* out;          // [rows][width]
@@ -154,6 +156,8 @@ struct LoraExpandParams {
   u32 inputs;  // of lora_embed: the vocabulary
   u32 width;
   u32 sites;
+  u32 across;     // tiles of a row tile, over all sites
+  u32 items_max;  // row tiles that `items` has room for
   LoraColumns columns[SITES];
 };
 
@@ -212,19 +216,11 @@ DEVICE LoraUnit unit_of(const LoraSite& site, u32 unit, u32 z, u32 row, u32 rows
   return made;
 }
 
-// What one segment gives one linear to do. Lists: 0 small units, 1 large items, from 2 on the sites.
+// What one segment gives one linear to do.
 struct SegmentTiles {
   bool large;
   u32 units;
   u32 sites;  // bit i: the adapter has the linear's site i
-
-  DEVICE u32 count(const LoraLinear& linear, const Segment& segment, u32 list) const {
-    if (list == 0) return large || linear.gathers ? 0 : div_up(segment.rows, SMALL_ROWS) * units;
-    if (list == 1) return large && !linear.gathers ? div_up(segment.rows, SHRINK_ROWS) * div_up(units, SHRINK_UNITS) : 0;
-    u32 here = list - 2;
-    if (here >= linear.sites || ((sites >> here & 1) == 0 && !linear.bias)) return 0;
-    return div_up(segment.rows, large ? EXPAND_ROWS : SMALL_ROWS);
-  }
 };
 
 DEVICE void put_units(const LoraLinear& linear, const Segment& segment, const SegmentTiles& tiles, LoraUnit* to) {
@@ -242,27 +238,29 @@ DEVICE void put_units(const LoraLinear& linear, const Segment& segment, const Se
   }
 }
 
-DEVICE void put_sites(const LoraLinear& linear, const Segment& segment, const SegmentTiles& tiles, u32 i, LoraExpand* to) {
-  LoraExpand item = {};
-  if (tiles.sites >> i & 1) {
-    const LoraSite* from = reinterpret_cast<const LoraSite*>(segment.adapter) + linear.site[i];
-    LoraSite site = *from;
-    item.rank = site.rank;
-    item.scale = site.scale;
-    item.first[0] = site.b[0];
-    item.first[1] = site.b[1];
-    item.pieces = site.b_pieces;
-    item.b_bias = site.b_bias;
-    item.output_scale = site.output_scale;
-    item.site = reinterpret_cast<u64>(from);
-    item.width = site.b_width;
-    item.groups = div_up(site.rank, GROUP);
-  }
+DEVICE void put_sites(const LoraLinear& linear, const Segment& segment, const SegmentTiles& tiles, LoraExpand* to) {
   u32 step = tiles.large ? EXPAND_ROWS : SMALL_ROWS;
-  for (u32 row = 0; row < segment.rows; row += step) {
-    item.row = segment.row + row;
-    item.rows = min_u32(step, segment.rows - row);
-    *to++ = item;
+#pragma unroll 1
+  for (u32 i = 0; i < linear.sites; i++) {
+    LoraExpand item = {};
+    if (tiles.sites >> i & 1) {
+      const LoraSite* site = reinterpret_cast<const LoraSite*>(segment.adapter) + linear.site[i];
+      item.rank = site->rank;
+      item.scale = site->scale;
+      item.first[0] = site->b[0];
+      item.first[1] = site->b[1];
+      item.pieces = site->b_pieces;
+      item.b_bias = site->b_bias;
+      item.output_scale = site->output_scale;
+      item.site = reinterpret_cast<u64>(site);
+      item.width = site->b_width;
+      item.groups = div_up(site->rank, GROUP);
+    }
+    for (u32 row = 0, at = i; row < segment.rows; row += step, at += linear.sites) {
+      item.row = segment.row + row;
+      item.rows = min_u32(step, segment.rows - row);
+      to[at] = item;
+    }
   }
 }
 
@@ -272,7 +270,7 @@ KERNEL(lora_plan, LoraPlanParams, 256) {
   Counts counts = *p.step.counts;
   // Without any segment the step's rows are all the base model's.
   u32 segments = counts.segments == 0 && counts.rows > 0 ? 1 : counts.segments;
-  u32 before[2 + SITES] = {};
+  LoraCounts made = {};
   for (u32 start = 0; start < segments; start += THREADS) {
     u32 number = start + threadIdx.x;
     Segment segment = {};
@@ -285,29 +283,21 @@ KERNEL(lora_plan, LoraPlanParams, 256) {
       tiles.sites |= static_cast<u32>(rank > 0) << i;
     }
     tiles.large = p.large != 0 && segment.rows >= LARGE_FROM;
-    u32 at[2 + SITES];
-#pragma unroll
-    for (u32 list = 0; list < 2 + SITES; list++) {
-      u32 all;
-      at[list] = before[list] + scan(tiles.count(linear, segment, list), shared, all);
-      before[list] += all;
-    }
+    u32 small = tiles.large ? 0 : div_up(segment.rows, SMALL_ROWS) * tiles.units;
+    u32 large = tiles.large ? div_up(segment.rows, SHRINK_ROWS) * div_up(tiles.units, SHRINK_UNITS) : 0;
+    u32 expand = tiles.sites != 0 || linear.bias ? div_up(segment.rows, tiles.large ? EXPAND_ROWS : SMALL_ROWS) : 0;
+    u32 all_small, all_large, all_expand;
+    u32 at_small = made.small + scan(small, shared, all_small);
+    u32 at_large = made.large + scan(large, shared, all_large);
+    u32 at_expand = made.expand + scan(expand, shared, all_expand);
+    made.small += all_small;
+    made.large += all_large;
+    made.expand += all_expand;
     if (tiles.units > 0 && linear.gathers == 0)
-      put_units(linear, segment, tiles, tiles.large ? linear.large + at[1] * SHRINK_UNITS : linear.small + at[0]);
-#pragma unroll
-    for (u32 i = 0; i < SITES; i++) {
-      if (tiles.count(linear, segment, 2 + i) > 0)
-        put_sites(linear, segment, tiles, i, linear.expand[i] + at[2 + i]);
-    }
+      put_units(linear, segment, tiles, tiles.large ? linear.large + at_large * SHRINK_UNITS : linear.small + at_small);
+    if (expand > 0) put_sites(linear, segment, tiles, linear.expand + at_expand * linear.sites);
   }
-  if (threadIdx.x == 0) {
-    LoraCounts made = {};
-    made.small = before[0];
-    made.large = before[1];
-#pragma unroll
-    for (u32 i = 0; i < SITES; i++) made.expand[i] = before[2 + i];
-    *linear.counts = made;
-  }
+  if (threadIdx.x == 0) *linear.counts = made;
 }
 
 // --- Shrink ---------------------------------------------------------------------------------------------------------------------
@@ -391,8 +381,6 @@ DEVICE void shrink_small(const LoraShrinkParams& p, const LoraUnit& unit, u32 sp
     for (u32 i = 1; i < parts; i++) total += sums[(i * SMALL_ROWS + row) * SUM_ROW + rank];
     p.z[split * p.z_split + static_cast<u64>(unit.row + row) * p.z_row + unit.z + rank] = total;
   }
-  // The next tile writes where others may still read.
-  __syncthreads();
 }
 
 // Some units for up to 128 rows over one split: each warp has 16 rows.
@@ -444,22 +432,57 @@ DEVICE void shrink_large(const LoraShrinkParams& p, const LoraUnit* units, u32 s
   }
 }
 
+// Where blocks keep the items of this tile and of the next: read one tile ahead, because a round trip to memory is as long as
+// a tile. Every thread has one 32-bit word.
+template <u32 WORDS>
+struct Ahead {
+  u32* buffers;  // [2][WORDS]
+  u32 word;
+
+  DEVICE void ask(const void* item, u32 words) {
+    if (threadIdx.x < words) word = static_cast<const u32*>(item)[threadIdx.x];
+  }
+  // To be followed by a barrier.
+  DEVICE void keep(u32 turn) {
+    if (threadIdx.x < WORDS) buffers[turn % 2 * WORDS + threadIdx.x] = word;
+  }
+  template <typename Item>
+  DEVICE const Item* item(u32 turn) const {
+    return reinterpret_cast<const Item*>(buffers + turn % 2 * WORDS);
+  }
+};
+
+constexpr u32 UNIT_WORDS = sizeof(LoraUnit) / 4;
+constexpr u32 SHRINK_WORDS = UNIT_WORDS * SHRINK_UNITS;
+
 template <typename T>
 DEVICE void shrink(const LoraShrinkParams& p) {
-  float* sums = reinterpret_cast<float*>(shared_memory());
+  Ahead<SHRINK_WORDS> ahead = {reinterpret_cast<u32*>(shared_memory()), 0};
+  float* sums = reinterpret_cast<float*>(shared_memory()) + 2 * SHRINK_WORDS;
+  // Most likely the first one's, without waiting for the counts. It may be of an earlier step, or nobody's.
+  if (blockIdx.x / p.splits < p.small_max) ahead.ask(p.small + blockIdx.x / p.splits, UNIT_WORDS);
   u32 small = p.counts->small * p.splits, all = small + p.counts->large * p.splits;
+  auto large_item = [&](u32 tile) { return p.large + (tile - small) / p.splits * SHRINK_UNITS; };
+  if (blockIdx.x >= all) return;
+  if (blockIdx.x >= small) ahead.ask(large_item(blockIdx.x), SHRINK_WORDS);
+  ahead.keep(0);
+  __syncthreads();
   u32 length = padded<T>(p.inputs);
-  for (u32 tile = blockIdx.x; tile < all; tile += gridDim.x) {
+  for (u32 tile = blockIdx.x, turn = 0; tile < all; tile += gridDim.x, turn++) {
+    u32 next = tile + gridDim.x;
+    if (next < small) {
+      ahead.ask(p.small + next / p.splits, UNIT_WORDS);
+    } else if (next < all) {
+      ahead.ask(large_item(next), SHRINK_WORDS);
+    }
+    const LoraUnit* units = ahead.template item<LoraUnit>(turn);
     if (tile < small) {
-      LoraUnit unit = p.small[tile / p.splits];
-      if (unit.width >= length) {
-        shrink_small<T, false>(p, unit, tile % p.splits, sums);
+      if (units->width >= length) {
+        shrink_small<T, false>(p, *units, tile % p.splits, sums);
       } else {
-        shrink_small<T, true>(p, unit, tile % p.splits, sums);
+        shrink_small<T, true>(p, *units, tile % p.splits, sums);
       }
     } else {
-      const LoraUnit* units = p.large + (tile - small) / p.splits * SHRINK_UNITS;
-      // Strips depend on the linear and the pages alone, so they are the same for all sites and adapters, but for ranks below 8.
       bool strips = false;
       for (u32 u = 0; u < SHRINK_UNITS; u++) strips |= units[u].ranks > 0 && units[u].width < length;
       if (strips) {
@@ -468,6 +491,8 @@ DEVICE void shrink(const LoraShrinkParams& p) {
         shrink_large<T, false>(p, units, (tile - small) % p.splits);
       }
     }
+    ahead.keep(turn + 1);
+    __syncthreads();
   }
 }
 
@@ -509,22 +534,20 @@ DEVICE void shrink_f32(const LoraShrinkParams& p) {
 
 // --- Expand ---------------------------------------------------------------------------------------------------------------------
 
-// The number of a tile: which site, which of its items, which of its columns.
+// What a tile's number says.
 struct ExpandTile {
+  u32 item;  // of the row tile and site
   u32 site;
-  u32 item;
   u32 column;
 };
-DEVICE bool find_tile(const LoraExpandParams& p, u32 tile, ExpandTile& found) {
-  for (u32 i = 0; i < p.sites; i++) {
-    u32 across = div_up(p.columns[i].outputs, COLUMNS), tiles = p.counts->expand[i] * across;
-    if (tile < tiles) {
-      found = ExpandTile{i, tile / across, tile % across * COLUMNS};
-      return true;
-    }
-    tile -= tiles;
+DEVICE ExpandTile expand_tile_of(const LoraExpandParams& p, u32 tile) {
+  u32 part = tile % p.across, site = 0;
+  for (; site + 1 < p.sites; site++) {
+    u32 tiles = div_up(p.columns[site].outputs, COLUMNS);
+    if (part < tiles) break;
+    part -= tiles;
   }
-  return false;
+  return ExpandTile{tile / p.across * p.sites + site, site, part * COLUMNS};
 }
 
 // A number of z: of `rank` for the row of the step.
@@ -554,50 +577,56 @@ DEVICE float adapted(const LoraExpandParams& p, const LoraExpand& item, u32 firs
   return p.bias != nullptr ? out + p.bias[first + column] : out;
 }
 
-// 8 neighbouring outputs of a row.
+// 8 neighbouring outputs of a row, as they lie in memory: what is there of them.
 template <typename O>
 struct Eight {
-  O values[8];
-};
-template <typename O>
-DEVICE Eight<O> load_eight(const O* from, bool aligned, u32 count) {
-  constexpr u32 N = 16 / sizeof(O);
-  Eight<O> eight = {};
-  if (aligned) {
+  static constexpr u32 QUADS = sizeof(O) / 2;
+  Quad quads[QUADS];
+
+  DEVICE float get(u32 i) const {
+    if constexpr (sizeof(O) == 4) {
+      return __uint_as_float(quads[i / 4].values[i % 4]);
+    } else {
+      return as_float(O{static_cast<u16>(quads[0].values[i / 2] >> (i % 2 * 16))});
+    }
+  }
+  DEVICE void set(u32 i, float value) {
+    if constexpr (sizeof(O) == 4) {
+      quads[i / 4].values[i % 4] = __float_as_uint(value);
+    } else {
+      u32 shift = i % 2 * 16, others = quads[0].values[i / 2] & ~(0xffffu << shift);
+      quads[0].values[i / 2] = others | static_cast<u32>(from_float<O>(value).bits) << shift;
+    }
+  }
+  DEVICE static Eight load(const O* from, bool aligned, u32 count) {
+    Eight eight = {};
+    if (aligned) {
 #pragma unroll
-    for (u32 i = 0; i < 8; i += N) {
-      if (count == 0) break;
-      Pack<O, N> pack = load_pack<O, N>(from + i);
+      for (u32 i = 0; i < QUADS; i++) {
+        if (count > 0) eight.quads[i] = reinterpret_cast<const Quad*>(from)[i];
+      }
+    } else {
 #pragma unroll
-      for (u32 k = 0; k < N; k++) eight.values[i + k] = pack.values[k];
+      for (u32 i = 0; i < 8; i++) {
+        if (i < count) eight.set(i, as_float(from[i]));
+      }
     }
     return eight;
   }
+  DEVICE void store(O* to, bool aligned, u32 count) const {
+    if (aligned) {
 #pragma unroll
-  for (u32 i = 0; i < 8; i++) {
-    if (i < count) eight.values[i] = from[i];
-  }
-  return eight;
-}
-template <typename O>
-DEVICE void store_eight(O* to, const Eight<O>& eight, bool aligned, u32 count) {
-  constexpr u32 N = 16 / sizeof(O);
-  if (aligned) {
+      for (u32 i = 0; i < QUADS; i++) {
+        if (count > 0) reinterpret_cast<Quad*>(to)[i] = quads[i];
+      }
+    } else {
 #pragma unroll
-    for (u32 i = 0; i < 8; i += N) {
-      if (count == 0) break;
-      Pack<O, N> pack;
-#pragma unroll
-      for (u32 k = 0; k < N; k++) pack.values[k] = eight.values[i + k];
-      store_pack<O, N>(to + i, pack);
+      for (u32 i = 0; i < 8; i++) {
+        if (i < count) to[i] = from_float<O>(get(i));
+      }
     }
-    return;
   }
-#pragma unroll
-  for (u32 i = 0; i < 8; i++) {
-    if (i < count) to[i] = eight.values[i];
-  }
-}
+};
 
 // The fragments of four mma's: 16 ranks of B for 64 outputs. The outputs of fragment j are 8 g + 2 j in its row g and 8 g + 2 j + 1 in
 // row g + 8.
@@ -632,38 +661,43 @@ DEVICE void fragments(u32 (&a)[4][4], const LoraExpand& item, u32 unit, u32 leng
 
 template <typename T, typename O, bool GATHERS, bool STRIPS>
 DEVICE void expand_tile(const LoraExpandParams& p, const LoraExpand& item, const ExpandTile& tile, T* z) {
+  // Times 8 rows of out that are on their way: what registers hold.
+  constexpr i32 AHEAD = GATHERS ? 0 : sizeof(O) == 4 ? 1 : 2;
   u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   const u32 outputs = p.columns[tile.site].outputs, first = p.columns[tile.site].first;
   u32 length = padded<T>(outputs), column = tile.column + threadIdx.x / WARP * 64 + g * 8;
-  u32 count = column < outputs ? min_u32(8, outputs - column) : 0;
+  u32 count = column < outputs ? min_u32(8, outputs - column) : 0, rows = item.rows;
   bool aligned = p.width % 8 == 0 && first % 8 == 0 && outputs % 8 == 0;
   O* out = static_cast<O*>(p.out) + static_cast<u64>(item.row) * p.width + first + column;
-  u32 units = div_up(item.rank, UNIT), z_row = units * UNIT + 8;
+  u32 units = div_up(item.rank, UNIT), ranks = units * UNIT, z_row = ranks + 8;
   u32 a[4][4];
   fragments<T, STRIPS>(a, item, 0, length, column);
-  Eight<O> next[2];
+  // Of each 8 rows a lane has two.
+  Eight<O> ahead[AHEAD + 1][2];
 #pragma unroll
-  for (u32 i = 0; i < 2; i++) {
-    u32 row = t * 2 + i;
-    next[i] = Eight<O>{};
-    if (row < item.rows) next[i] = load_eight(out + static_cast<u64>(row) * p.width, aligned, count);
+  for (i32 i = 0; i < AHEAD * 2; i++) {
+    u32 row = i / 2 * 8 + t * 2 + i % 2;
+    ahead[i / 2][i % 2] = Eight<O>::load(out + static_cast<u64>(row) * p.width, aligned, row < rows ? count : 0);
   }
-  u32 ranks = units * UNIT;
-  for (u32 i = threadIdx.x; i < item.rows * ranks; i += THREADS)
-    z[i / ranks * z_row + i % ranks] =
-        from_float<T>(shrunk<T, GATHERS>(p, item, tile.site, item.row + i / ranks, i % ranks));
+  for (u32 i = threadIdx.x; i < rows * ranks; i += THREADS) {
+    float value = shrunk<T, GATHERS>(p, item, tile.site, item.row + i / ranks, i % ranks);
+    z[i / ranks * z_row + i % ranks] = from_float<T>(value);
+  }
   __syncthreads();
-  for (u32 start = 0; start < item.rows; start += 8) {
-    Eight<O> now[2] = {next[0], next[1]};
+  for (u32 start = 0; start < rows; start += 8) {
+    Eight<O> now[2];
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
-      u32 row = start + 8 + t * 2 + i;
-      if (row < item.rows) next[i] = load_eight(out + static_cast<u64>(row) * p.width, aligned, count);
+      u32 row = start + AHEAD * 8 + t * 2 + i;
+      ahead[AHEAD][i] = Eight<O>::load(out + static_cast<u64>(row) * p.width, aligned, row < rows ? count : 0);
+      now[i] = ahead[0][i];
+#pragma unroll
+      for (i32 k = 0; k < AHEAD; k++) ahead[k][i] = ahead[k + 1][i];
     }
     float sum[4][4] = {};
     for (u32 unit = 0; unit < units; unit++) {
       u32 b[2] = {0, 0};
-      if (start + g < item.rows) {
+      if (start + g < rows) {
         const T* from = z + (start + g) * z_row + unit * UNIT + t * 2;
         b[0] = *reinterpret_cast<const u32*>(from);
         b[1] = *reinterpret_cast<const u32*>(from + 8);
@@ -681,41 +715,57 @@ DEVICE void expand_tile(const LoraExpandParams& p, const LoraExpand& item, const
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
       u32 row = start + t * 2 + i;
-      if (row >= item.rows) continue;
+      if (row >= rows) continue;
 #pragma unroll
       for (u32 c = 0; c < 8; c++) {
-        if (c < count)
-          now[i].values[c] = from_float<O>(
-              adapted(p, item, first, column + c, as_float(now[i].values[c]), sum[c / 2][c % 2 * 2 + i]));
+        if (c < count) now[i].set(c, adapted(p, item, first, column + c, now[i].get(c), sum[c / 2][c % 2 * 2 + i]));
       }
-      store_eight(out + static_cast<u64>(row) * p.width, now[i], aligned, count);
+      now[i].store(out + static_cast<u64>(row) * p.width, aligned, count);
     }
   }
-  // The next tile writes where others may still read.
+}
+
+constexpr u32 EXPAND_WORDS = sizeof(LoraExpand) / 4;
+
+// Calls `run(item, tile, z)` for each tile of this block, with a barrier after each.
+template <typename Run>
+DEVICE void for_expand_tiles(const LoraExpandParams& p, Run run) {
+  Ahead<EXPAND_WORDS> ahead = {reinterpret_cast<u32*>(shared_memory()), 0};
+  void* z = ahead.buffers + 2 * EXPAND_WORDS;
+  ExpandTile tile = expand_tile_of(p, blockIdx.x);
+  // Without waiting for the counts. It may be of an earlier step, or nobody's.
+  if (tile.item < p.items_max * p.sites) ahead.ask(p.items + tile.item, EXPAND_WORDS);
+  u32 all = p.counts->expand * p.across;
+  if (blockIdx.x >= all) return;
+  ahead.keep(0);
   __syncthreads();
+  for (u32 number = blockIdx.x, turn = 0; number < all; number += gridDim.x, turn++) {
+    ExpandTile next = expand_tile_of(p, number + gridDim.x);
+    if (number + gridDim.x < all) ahead.ask(p.items + next.item, EXPAND_WORDS);
+    const LoraExpand& item = *ahead.template item<LoraExpand>(turn);
+    if (item.rank > 0 || p.bias != nullptr) run(item, tile, z);
+    tile = next;
+    ahead.keep(turn + 1);
+    __syncthreads();
+  }
 }
 
 template <typename T, typename O, bool GATHERS>
 DEVICE void expand(const LoraExpandParams& p) {
-  T* z = reinterpret_cast<T*>(shared_memory());
-  ExpandTile tile;
-  for (u32 number = blockIdx.x; find_tile(p, number, tile); number += gridDim.x) {
-    LoraExpand item = p.columns[tile.site].items[tile.item];
-    if (item.width >= padded<T>(p.columns[tile.site].outputs) || item.rank == 0) {
-      expand_tile<T, O, GATHERS, false>(p, item, tile, z);
+  for_expand_tiles(p, [&](const LoraExpand& item, const ExpandTile& tile, void* z) {
+    if (!GATHERS && (item.width >= padded<T>(p.columns[tile.site].outputs) || item.rank == 0)) {
+      expand_tile<T, O, GATHERS, false>(p, item, tile, static_cast<T*>(z));
     } else {
-      expand_tile<T, O, GATHERS, true>(p, item, tile, z);
+      expand_tile<T, O, GATHERS, true>(p, item, tile, static_cast<T*>(z));
     }
-  }
+  });
 }
 
 template <bool GATHERS>
 DEVICE void expand_f32(const LoraExpandParams& p) {
   constexpr u32 SIDE = 4;  // rows side by side
-  float* z = reinterpret_cast<float*>(shared_memory());
-  ExpandTile tile;
-  for (u32 number = blockIdx.x; find_tile(p, number, tile); number += gridDim.x) {
-    LoraExpand item = p.columns[tile.site].items[tile.item];
+  for_expand_tiles(p, [&](const LoraExpand& item, const ExpandTile& tile, void* shared) {
+    float* z = static_cast<float*>(shared);
     u32 outputs = p.columns[tile.site].outputs, first = p.columns[tile.site].first, length = padded<float>(outputs);
     for (u32 i = threadIdx.x; i < item.rows * item.rank; i += THREADS)
       z[i] = shrunk<float, GATHERS>(p, item, tile.site, item.row + i / item.rank, i % item.rank);
@@ -740,8 +790,7 @@ DEVICE void expand_f32(const LoraExpandParams& p) {
         }
       }
     }
-    __syncthreads();
-  }
+  });
 }
 
 KERNEL(lora_shrink_f32, LoraShrinkParams, 256) { shrink_f32(p); }

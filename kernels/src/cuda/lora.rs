@@ -36,9 +36,9 @@ const COLUMNS: usize = 512;
 /// Ranks that the kernels' shared memory has room for.
 const RANK_MAX: usize = 256;
 
-/// Shared memory of `lora_plan`, and of the shrink: the sums of 8 warps, 16 rows of 16 and 4 unused.
+/// Shared memory of `lora_plan`, and of the shrink: this tile's item and the next, the sums of 8 warps, 16 rows of 16 and 4 unused.
 const PLAN_SHARED: u32 = 8 * 4;
-const SHRINK_SHARED: u32 = (8 * SMALL_ROWS * (UNIT + 4) * 4) as u32;
+const SHRINK_SHARED: u32 = (2 * SHRINK_UNITS * UNIT_BYTES + 8 * SMALL_ROWS * (UNIT + 4) * 4) as u32;
 /// Blocks for each multiprocessor: what its registers have room for.
 const BLOCKS: usize = 2;
 
@@ -47,7 +47,7 @@ const UNIT_BYTES: usize = 48;
 /// `LoraExpand`
 const EXPAND_BYTES: usize = 80;
 /// `LoraCounts`
-const COUNTS_BYTES: usize = 32;
+const COUNTS_BYTES: usize = 16;
 
 /// A linear that adapters may target, or whose bias [`LoraPlan::expand`] adds; or the embedding table.
 #[derive(Clone, Debug)]
@@ -105,7 +105,7 @@ struct LinearEntry {
     counts: Address,
     small: Address,
     large: Address,
-    expand: [Address; SITES],
+    expand: Address,
     site: [u32; SITES],
     sites: u32,
     z_site: u32,
@@ -137,14 +137,13 @@ struct ShrinkParams {
     z_row: u32,
     inputs: u32,
     splits: u32,
-    unused: u32,
+    small_max: u32,
 }
 
 /// `LoraColumns`
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 struct Columns {
-    items: Address,
     first: u32,
     outputs: u32,
 }
@@ -154,6 +153,7 @@ struct Columns {
 #[repr(C)]
 struct ExpandParams {
     counts: Address,
+    items: Address,
     z: Address,
     tokens: Address,
     out: Address,
@@ -165,6 +165,8 @@ struct ExpandParams {
     inputs: u32,
     width: u32,
     sites: u32,
+    across: u32,
+    items_max: u32,
     columns: [Columns; SITES],
 }
 
@@ -214,7 +216,7 @@ impl<D: Device> LoraPlan<D> {
             .iter()
             .zip(sizes)
             .map(|(linear, sizes)| {
-                let [counts, small, large, expand @ ..] = sizes.map(|bytes| {
+                let [counts, small, large, expand] = sizes.map(|bytes| {
                     let start = at;
                     at = at.plus(bytes);
                     start
@@ -334,7 +336,7 @@ impl<D: Device> LoraPlan<D> {
             z_row: planned.z_row() as u32,
             inputs: inputs as u32,
             splits: splits as u32,
-            unused: 0,
+            small_max: self.limits.small_units(self.limits.rows, sites) as u32,
         };
         let large = if self.element == Element::F32 { 0 } else { self.limits.large_items(rows_max, sites) };
         let tiles = (self.limits.small_units(rows_max, sites) + large) * splits;
@@ -385,6 +387,16 @@ impl<D: Device> LoraPlan<D> {
         self.launch_expand("embed", planned, out, Inputs { bias: None, tokens: Some(step.tokens) }, rows_max)
     }
 
+    /// The partial sums of the linear that was shrunk last, `[splits][rows][sites][ranks]` for the limits' rows and ranks, NaN or
+    /// others' where it has none: for tests, which see in them what rounding hides in the outputs.
+    ///
+    /// # Errors
+    /// A device failure.
+    pub fn read_shrunk(&self, linear: usize) -> Result<Vec<f32>, KernelError> {
+        let planned = &self.linears[linear];
+        self.z.read(0, planned.splits() * self.limits.rows * planned.z_row())
+    }
+
     fn launch_expand(
         &self,
         what: &str,
@@ -397,11 +409,13 @@ impl<D: Device> LoraPlan<D> {
         assert!(out.width() == *outputs, "another linear's out");
         assert!(rows_max <= self.limits.rows, "{rows_max} rows");
         let mut columns = [Columns::default(); SITES];
-        for ((columns, span), items) in columns.iter_mut().zip(sites).zip(planned.entry.expand) {
-            *columns = Columns { items, first: span.outputs.start as u32, outputs: span.outputs.len() as u32 };
+        for (columns, span) in columns.iter_mut().zip(sites) {
+            *columns = Columns { first: span.outputs.start as u32, outputs: span.outputs.len() as u32 };
         }
+        let across: usize = sites.iter().map(|span| span.outputs.len().div_ceil(COLUMNS)).sum();
         let params = ExpandParams {
             counts: planned.entry.counts,
+            items: planned.entry.expand,
             z: self.z.address(),
             tokens: inputs.tokens.unwrap_or_default(),
             out: out.address(),
@@ -413,9 +427,10 @@ impl<D: Device> LoraPlan<D> {
             inputs: *vocab as u32,
             width: *outputs as u32,
             sites: sites.len() as u32,
+            across: across as u32,
+            items_max: self.limits.row_tiles(self.limits.rows) as u32,
             columns,
         };
-        let across: usize = sites.iter().map(|span| span.outputs.len().div_ceil(COLUMNS)).sum();
         let tiles = self.limits.row_tiles(rows_max) * across;
         if tiles == 0 {
             return Ok(());
@@ -432,6 +447,8 @@ impl<D: Device> LoraPlan<D> {
             _ if rows_max < LARGE_FROM => SMALL_ROWS * (rank + 8) * 2,
             _ => EXPAND_ROWS * (rank + 8) * 2,
         };
+        // This tile's item and the next.
+        let shared = shared + 2 * EXPAND_BYTES;
         let kernel = format!("lora_{what}_{}{to}", self.element.suffix());
         let launch = Launch::new(&kernel, self.grid(tiles), THREADS, &params).shared(shared as u32);
         // SAFETY: items name rows of the step, of which out has as many; the adapters' sizes are the linear's and ranks within the
@@ -467,17 +484,13 @@ impl Planned {
     }
 }
 
-/// Bytes of a linear's counts, small units, large items, and what is to be expanded at each site.
-fn item_bytes(linear: &LoraLinear, limits: &LoraLimits) -> [usize; 3 + SITES] {
+/// Bytes of a linear's counts, small units, large items, and what is to be expanded.
+fn item_bytes(linear: &LoraLinear, limits: &LoraLimits) -> [usize; 4] {
     let sites = linear.sites.len();
-    let mut bytes = [0; 3 + SITES];
-    bytes[0] = COUNTS_BYTES;
-    if !linear.embedding {
-        bytes[1] = limits.small_units(limits.rows, sites) * UNIT_BYTES;
-        bytes[2] = limits.large_items(limits.rows, sites) * SHRINK_UNITS * UNIT_BYTES;
+    let expand = limits.row_tiles(limits.rows) * sites * EXPAND_BYTES;
+    if linear.embedding {
+        return [COUNTS_BYTES, 0, 0, expand];
     }
-    for bytes in bytes[3..].iter_mut().take(sites) {
-        *bytes = limits.row_tiles(limits.rows) * EXPAND_BYTES;
-    }
-    bytes
+    let small = limits.small_units(limits.rows, sites) * UNIT_BYTES;
+    [COUNTS_BYTES, small, limits.large_items(limits.rows, sites) * SHRINK_UNITS * UNIT_BYTES, expand]
 }
