@@ -35,11 +35,13 @@
 //                                with the masked halves of tiles at the edge 0.3 to 0.35 is expected. Keys and values come
 //                                out of the L2 cache once for 192 pairs, 0.36 GB.
 //
-//                    registers (sm_80 / sm_89 / sm_90a)   threads   shared memory
-//   few   64, 96      82 116 / 80 116 / 80 96               128      38, 54 KiB
-//   few   128, 256    150 96 / 150 96 / 128 127             128      70, 73 KiB: 3 blocks of a multiprocessor
-//   many  64, 96      136 134 / 134 128 / 134 131           384      86, 162 KiB
-//   many  128, 256    167 168 / 167 168 / 168 168           384      214, 218 KiB: 1 block, 12 warps
+// Registers and spills as NVRTC 13.0 reports them for sm_80, sm_89, sm_90a and sm_100: no spills; attention_few at most 150, so that 3
+// blocks fit; attention_many at most 168, the most that 12 warps can have; its small form up to 250, one block of 4 warps.
+//
+//   shared memory    heads of 64    96      128     256 elements
+//   few              38 KiB         54      70      73            3 blocks of a multiprocessor
+//   many             86             162     214     218           1 block
+//   many, small      48             89      97      99
 #include "step.cuh"
 
 namespace {
@@ -165,7 +167,8 @@ struct Attend {
   const Params& p;
   u8* stages;   // [2][keys, values]
   u8* rest;
-  u32 lane, tile, part;  // the warp's place: which 16 pairs, which share of their work
+  u32 tile, part;  // the warp's place: which 16 pairs, which share of their work
+  static DEVICE u32 lane() { return threadIdx.x % WARP; }
 
   // The block's sequence and pairs.
   u32 first_row, rows, kv_head, first_entry;
@@ -175,13 +178,11 @@ struct Attend {
   float weight[4];   // sum of P, every column the same
   float largest[2];
   u32 position[2];   // of the rows of this thread's pairs
-  u32 low, high;   // of the warp: first and last row's positions
 
   DEVICE explicit Attend(const Params& params) : p(params) {
     static_assert((4 * TILE_BYTES + EXCHANGED + LARGEST + QUERIES) % 16 == 0, "alignment");
     stages = shared_memory();
     rest = stages + 4 * TILE_BYTES;
-    lane = threadIdx.x % WARP;
     tile = threadIdx.x / WARP / WARPS;
     part = threadIdx.x / WARP % WARPS;
   }
@@ -199,19 +200,15 @@ struct Attend {
   // Takes up the pairs from `first` on: 16 for each tile.
   DEVICE void take_pairs(u32 first) {
     u32 last_pair = rows * p.group - 1;
-    u32 warp_first = min_u32(first + tile * ROWS, last_pair);
-    u32 warp_last = min_u32(first + tile * ROWS + ROWS - 1, last_pair);
     const u32* positions = p.step.positions + first_row;
-    low = positions[warp_first / p.group];
-    high = positions[warp_last / p.group];
     const T* query[2];
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-      u32 pair = first + tile * ROWS + lane / 4 + r * 8;
+      u32 pair = first + tile * ROWS + lane() / 4 + r * 8;
       u32 row = min_u32(pair, last_pair) / p.group;
       position[r] = positions[row];
       u64 head = static_cast<u64>(first_row + row) * (p.heads + 2 * p.kv_heads) + kv_head * p.group + pair % p.group;
-      query[r] = pair <= last_pair ? static_cast<const T*>(p.qkv) + head * p.head_dim + lane % 4 * 2 : nullptr;
+      query[r] = pair <= last_pair ? static_cast<const T*>(p.qkv) + head * p.head_dim + lane() % 4 * 2 : nullptr;
     }
     if constexpr (SHARED_Q) {
       for (u32 step = part; step < HEAD / 16; step += WARPS) {
@@ -228,7 +225,7 @@ struct Attend {
 
   // This lane's fragments of q in shared memory, one for each 16 elements, WARP * 4 apart.
   DEVICE u32* queries() const {
-    return reinterpret_cast<u32*>(rest + EXCHANGED + LARGEST) + (tile * (HEAD / 16) * WARP + lane) * 4;
+    return reinterpret_cast<u32*>(rest + EXCHANGED + LARGEST) + (tile * (HEAD / 16) * WARP + lane()) * 4;
   }
 
   // The fragment of 16 elements; `query` is where the lane's two rows have theirs, or null.
@@ -236,7 +233,7 @@ struct Attend {
 #pragma unroll
     for (u32 e = 0; e < 4; e++) {
       u32 column = step * 16 + e / 2 * 8;
-      bool there = query[e % 2] != nullptr && column + lane % 4 * 2 < p.head_dim;
+      bool there = query[e % 2] != nullptr && column + lane() % 4 * 2 < p.head_dim;
       fragment[e] = there ? *reinterpret_cast<const u32*>(query[e % 2] + column) : 0;
     }
   }
@@ -319,6 +316,8 @@ struct Attend {
 
   // One tile of keys and values, at `start`, into the sums.
   DEVICE void add_tile(u32 start) {
+    // The positions of the warp's first and last row.
+    u32 low = __shfl_sync(ALL_LANES, position[0], 0), high = __shfl_sync(ALL_LANES, position[1], WARP - 1);
     // With WARPS > 1 every warp has to come to the barriers.
     if (WARPS == 1 && (start > high || start + KEYS <= first_seen(low, p.window))) return;
     const u8* tile_keys = stage_of(start);
@@ -347,7 +346,7 @@ struct Attend {
 #pragma unroll
       for (u32 j = 0; j < SCORES; j++) {
         u32 b[4];
-        ldmatrix_x4(b, tile_keys + place((part * SCORES + j) * 8 + lane % 8, step * 2 + lane / 8));
+        ldmatrix_x4(b, tile_keys + place((part * SCORES + j) * 8 + lane() % 8, step * 2 + lane() / 8));
         mma_16x8x16<T>(scores[j], a[0], {b[0], b[1]});
         mma_16x8x16<T>(scores[j], a[1], {b[2], b[3]});
       }
@@ -359,7 +358,7 @@ struct Attend {
       for (u32 j = 0; j < SCORES; j++) {
 #pragma unroll
         for (u32 e = 0; e < 4; e++) {
-          u32 at = own_start + j * 8 + lane % 4 * 2 + e % 2;
+          u32 at = own_start + j * 8 + lane() % 4 * 2 + e % 2;
           if (at > position[e / 2] || at < seen_from[e / 2]) scores[j][e] = NOTHING;
         }
       }
@@ -388,7 +387,7 @@ struct Attend {
 #pragma unroll
       for (u32 j = 0; j < SCORES; j++) {
         u32 number = part * SCORES + j;
-        u32* to = exchange + (number / 2 * WARP + lane) * 4 + number % 2 * 2;
+        u32* to = exchange + (number / 2 * WARP + lane()) * 4 + number % 2 * 2;
         to[0] = pack_pair<T>(scores[j][0], scores[j][1]);
         to[1] = pack_pair<T>(scores[j][2], scores[j][3]);
       }
@@ -399,7 +398,7 @@ struct Attend {
     for (u32 step = 0; step < KEYS / 16; step++) {
       u32 a[4];
       if constexpr (WARPS > 1) {
-        Pack<u32, 4> fragment = load_pack<u32, 4>(exchange + (step * WARP + lane) * 4);
+        Pack<u32, 4> fragment = load_pack<u32, 4>(exchange + (step * WARP + lane()) * 4);
 #pragma unroll
         for (u32 e = 0; e < 4; e++) a[e] = fragment.values[e];
       } else {
@@ -414,7 +413,7 @@ struct Attend {
         u32 column = part + i * WARPS;
         if (COLUMNS % WARPS == 0 || column < COLUMNS) {
           u32 b[4];
-          ldmatrix_x4_trans(b, tile_values + place(step * 16 + lane % 16, column * 2 + lane / 16));
+          ldmatrix_x4_trans(b, tile_values + place(step * 16 + lane() % 16, column * 2 + lane() / 16));
           mma_16x8x16<T>(sums[i][0], a, {b[0], b[1]});
           mma_16x8x16<T>(sums[i][1], a, {b[2], b[3]});
         }
@@ -437,15 +436,15 @@ struct Attend {
     }
     if constexpr (WARPS > 1) {
       float* exchange = reinterpret_cast<float*>(rest + EXCHANGED) + tile * WARPS * ROWS;
-      if (lane % 4 == 0) {
-        exchange[part * ROWS + lane / 4] = here[0];
-        exchange[part * ROWS + lane / 4 + 8] = here[1];
+      if (lane() % 4 == 0) {
+        exchange[part * ROWS + lane() / 4] = here[0];
+        exchange[part * ROWS + lane() / 4 + 8] = here[1];
       }
       __syncthreads();
 #pragma unroll
       for (u32 other = 0; other < WARPS; other++) {
-        here[0] = fmaxf(here[0], exchange[other * ROWS + lane / 4]);
-        here[1] = fmaxf(here[1], exchange[other * ROWS + lane / 4 + 8]);
+        here[0] = fmaxf(here[0], exchange[other * ROWS + lane() / 4]);
+        here[1] = fmaxf(here[1], exchange[other * ROWS + lane() / 4 + 8]);
       }
     }
 #pragma unroll
@@ -458,13 +457,13 @@ struct Attend {
   }
 
   // The element of a head that sums[i][n] holds in its columns 0 and 1 (of rows 0 and 8).
-  DEVICE u32 element(u32 i, u32 n) const { return (part + i * WARPS) * 16 + n * 8 + lane % 4 * 2; }
+  DEVICE u32 element(u32 i, u32 n) const { return (part + i * WARPS) * 16 + n * 8 + lane() % 4 * 2; }
 
   DEVICE void write_out(u32 first, const float (&weights)[2]) {
     T* out = static_cast<T*>(p.out);
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-      u32 pair = first + tile * ROWS + lane / 4 + r * 8;
+      u32 pair = first + tile * ROWS + lane() / 4 + r * 8;
       if (pair >= rows * p.group) continue;
       u64 row = first_row + pair / p.group;
       T* to = out + (row * p.heads + kv_head * p.group + pair % p.group) * p.head_dim;
@@ -484,10 +483,10 @@ struct Attend {
   DEVICE void write_partial(u32 first, u32 slot) {
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-      u32 pair = first + tile * ROWS + lane / 4 + r * 8;
+      u32 pair = first + tile * ROWS + lane() / 4 + r * 8;
       if (pair >= rows * p.group) continue;
       u64 place = static_cast<u64>(slot + pair / p.group) * p.heads + kv_head * p.group + pair % p.group;
-      if (part == 0 && lane % 4 == 0) p.states[place] = {largest[r], weight[r * 2]};
+      if (part == 0 && lane() % 4 == 0) p.states[place] = {largest[r], weight[r * 2]};
 #pragma unroll
       for (u32 i = 0; i < OWN; i++) {
 #pragma unroll
@@ -556,7 +555,7 @@ struct Attend {
     float* totals = reinterpret_cast<float*>(rest + EXCHANGED + LARGEST + QUERIES) + threadIdx.x;
     // The rows' sums and largest scores; four lanes have the same.
     float* states = reinterpret_cast<float*>(rest + EXCHANGED + LARGEST + QUERIES) + OWN * 8 * THREADS;
-    states += threadIdx.x / WARP * 2 * ROWS + lane / 4;
+    states += threadIdx.x / WARP * 2 * ROWS + lane() / 4;
     float total_weight[2];
     auto join = [&](u32 split, bool keep) {
       bool joined = split > from / SPLIT;
@@ -576,7 +575,7 @@ struct Attend {
         if (keep) totals[i * THREADS] = sum;
       }
       __syncwarp();
-      if (keep && lane % 4 == 0) {
+      if (keep && lane() % 4 == 0) {
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
           states[r * 8] = total_weight[r];
