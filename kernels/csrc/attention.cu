@@ -12,8 +12,8 @@
 //   few rows (rows x group <= 16, decode): one block of 4 warps for one tile of 16 pairs and one split. The warps share the keys of
 //       Q K^T and the columns of P V; P goes through shared memory. Largest, sum and values in f32 to the workspace, where
 //       attention_join adds up the splits in order. One split alone is written out at once.
-//   many rows (chunks of prompts): 8 (or 4) warps with 16 pairs each, all splits one after the other; P stays in registers; what the
-//       splits before came to lies in shared memory.
+//   many rows (chunks of prompts): 12 warps (4 where a block has 100 KiB) with 16 pairs each, all splits one after the other; P stays
+//       in registers; what the splits before came to lies in shared memory.
 //
 // Both are one template, so the order of every sum is the same: mma over ascending k, tiles from fixed positions, rescaling by the
 // same numbers. The sum of P is a product with a column of ones, which needs no order of its own. Tiles and splits in which a row
@@ -22,6 +22,26 @@
 //
 // Who does what is in a plan that attention_plan writes once a step (and window): lists of (sequence, tile, split), which blocks walk
 // through. So a recorded launch has nothing of the step in it.
+//
+// What it should cost on an H200, by design; not measured yet (32 query heads, 8 key-value heads, 128 elements, bf16):
+//
+//   decode, 64 rows at 1,024     268 MB of keys and values, 62 us at 4.3 TB/s, in 2,048 items of 128 KiB; partial results are 4 MB,
+//                                which stay in the cache. 3 blocks a multiprocessor with 32 KiB on the way each, where 18 KiB are
+//                                enough for a microsecond's latency. Expected: 0.85 of that floor; memory is the bound.
+//   decode, 1 row at 32,768      134 MB, 31 us, in 1,024 items for 396 places; joining 128 splits in order is 8 rounds of loads, 3 to
+//                                4 us. Expected: 0.75.
+//   prompts, 8 x 1,024           69 GFLOP, 87 us at 790 TFLOP/s. With 16 pairs a warp, each warp reads every key and value fragment
+//                                for itself: 40 KB of shared memory for 128 mma, 312 cycles for 128, so at most 0.41 of the peak;
+//                                with the masked halves of tiles at the edge 0.3 to 0.35 is expected. Keys and values come
+//                                out of the L2 cache once for 192 pairs, 0.36 GB.
+//
+// Registers and spills as NVRTC 13.0 reports them for sm_80, sm_89, sm_90a and sm_100: no spills; attention_few at most 150, so that 3
+// blocks fit; attention_many at most 168, the most that 12 warps can have; its small form up to 250, one block of 4 warps.
+//
+//   shared memory    heads of 64    96      128     256 elements
+//   few              38 KiB         54      70      73            3 blocks of a multiprocessor
+//   many             86             162     214     218           1 block
+//   many, small      48             89      97      99
 #include "step.cuh"
 
 namespace {
@@ -84,10 +104,12 @@ struct Params {
   u64 page_bytes;
   u32 heads;
   u32 kv_heads;
+  u32 group;          // heads / kv_heads
   u32 head_dim;
   u32 block_size;
   u32 window;         // 0: none
   float scale_log2;   // scale / ln 2
+  u32 unused;
 };
 
 #define NOTHING __uint_as_float(0xff800000u)  // the largest of no scores
@@ -145,29 +167,24 @@ struct Attend {
   const Params& p;
   u8* stages;   // [2][keys, values]
   u8* rest;
-  u32 lane, tile, part;  // the warp's place: which 16 pairs, which share of their work
+  u32 tile, part;  // the warp's place: which 16 pairs, which share of their work
+  static DEVICE u32 lane() { return threadIdx.x % WARP; }
 
   // The block's sequence and pairs.
-  u32 first_row, rows, kv_head, group;
-  const u32* table;
-  const u8* keys;  // of this layer and head in page 0
+  u32 first_row, rows, kv_head, first_entry;
 
   u32 q[SHARED_Q ? 1 : HEAD / 16][4];
   float sums[OWN][2][4];
   float weight[4];   // sum of P, every column the same
   float largest[2];
   u32 position[2];   // of the rows of this thread's pairs
-  u32 seen_from[2];
-  u32 low, high, low_last;   // of the warp: first and last row's positions, where the last row's window begins
 
   DEVICE explicit Attend(const Params& params) : p(params) {
     static_assert((4 * TILE_BYTES + EXCHANGED + LARGEST + QUERIES) % 16 == 0, "alignment");
     stages = shared_memory();
     rest = stages + 4 * TILE_BYTES;
-    lane = threadIdx.x % WARP;
     tile = threadIdx.x / WARP / WARPS;
     part = threadIdx.x / WARP % WARPS;
-    group = p.heads / p.kv_heads;
   }
 
   static DEVICE u32 place(u32 row, u32 chunk) { return (row * STRIDE + (SWAPPED ? chunk ^ (row & 7) : chunk)) * 16; }
@@ -177,28 +194,21 @@ struct Attend {
     first_row = sequence.row;
     rows = sequence.rows;
     kv_head = head;
-    table = p.step.block_tables + sequence.table;
-    keys = p.pages + static_cast<u64>(kv_head) * 2 * p.block_size * p.head_dim * sizeof(T);
+    first_entry = sequence.table;
   }
 
   // Takes up the pairs from `first` on: 16 for each tile.
   DEVICE void take_pairs(u32 first) {
-    u32 last_pair = rows * group - 1;
-    u32 warp_first = min_u32(first + tile * ROWS, last_pair);
-    u32 warp_last = min_u32(first + tile * ROWS + ROWS - 1, last_pair);
+    u32 last_pair = rows * p.group - 1;
     const u32* positions = p.step.positions + first_row;
-    low = positions[warp_first / group];
-    high = positions[warp_last / group];
-    low_last = first_seen(high, p.window);
     const T* query[2];
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-      u32 pair = first + tile * ROWS + lane / 4 + r * 8;
-      u32 row = min_u32(pair, last_pair) / group;
+      u32 pair = first + tile * ROWS + lane() / 4 + r * 8;
+      u32 row = min_u32(pair, last_pair) / p.group;
       position[r] = positions[row];
-      seen_from[r] = first_seen(position[r], p.window);
-      u64 head = static_cast<u64>(first_row + row) * (p.heads + 2 * p.kv_heads) + kv_head * group + pair % group;
-      query[r] = pair <= last_pair ? static_cast<const T*>(p.qkv) + head * p.head_dim + lane % 4 * 2 : nullptr;
+      u64 head = static_cast<u64>(first_row + row) * (p.heads + 2 * p.kv_heads) + kv_head * p.group + pair % p.group;
+      query[r] = pair <= last_pair ? static_cast<const T*>(p.qkv) + head * p.head_dim + lane() % 4 * 2 : nullptr;
     }
     if constexpr (SHARED_Q) {
       for (u32 step = part; step < HEAD / 16; step += WARPS) {
@@ -215,7 +225,7 @@ struct Attend {
 
   // This lane's fragments of q in shared memory, one for each 16 elements, WARP * 4 apart.
   DEVICE u32* queries() const {
-    return reinterpret_cast<u32*>(rest + EXCHANGED + LARGEST) + (tile * (HEAD / 16) * WARP + lane) * 4;
+    return reinterpret_cast<u32*>(rest + EXCHANGED + LARGEST) + (tile * (HEAD / 16) * WARP + lane()) * 4;
   }
 
   // The fragment of 16 elements; `query` is where the lane's two rows have theirs, or null.
@@ -223,7 +233,7 @@ struct Attend {
 #pragma unroll
     for (u32 e = 0; e < 4; e++) {
       u32 column = step * 16 + e / 2 * 8;
-      bool there = query[e % 2] != nullptr && column + lane % 4 * 2 < p.head_dim;
+      bool there = query[e % 2] != nullptr && column + lane() % 4 * 2 < p.head_dim;
       fragment[e] = there ? *reinterpret_cast<const u32*>(query[e % 2] + column) : 0;
     }
   }
@@ -244,15 +254,24 @@ struct Attend {
     return THREADS % CHUNKS == 0 ? threadIdx.x / CHUNKS + i * (THREADS / CHUNKS) : (threadIdx.x + i * THREADS) / CHUNKS;
   }
 
+  // The head's keys in page 0.
+  DEVICE const u8* first_keys() const {
+    return p.pages + static_cast<u64>(kv_head) * 2 * p.block_size * p.head_dim * sizeof(T);
+  }
+
+  DEVICE u8* stage_of(u32 start) const { return stages + start / KEYS % 2 * 2 * TILE_BYTES; }
+
   // Starts the copy of the keys and values of the tile at `start`; places outside from..=until become zeros.
-  DEVICE void copy(u32 stage, u32 start, u32 from, u32 until) {
-    u8* to_keys = stages + stage * 2 * TILE_BYTES;
+  DEVICE void copy(u32 start, u32 from, u32 until) {
+    u8* to_keys = stage_of(start);
     u8* to_values = to_keys + TILE_BYTES;
     u32 values = p.block_size * p.head_dim * sizeof(T);
     if (p.head_dim % 8 != 0) {
       copy_words(to_keys, start, from, until);
       return;
     }
+    const u32* table = p.step.block_tables + first_entry;
+    const u8* keys = first_keys();
     // All page numbers are asked for before the first is needed.
     u32 pages[COPIES];
 #pragma unroll
@@ -277,6 +296,8 @@ struct Attend {
   // The same for heads that are not whole chunks of 16 bytes.
   DEVICE void copy_words(u8* to_keys, u32 start, u32 from, u32 until) {
     constexpr u32 WORDS = HEAD / 2;
+    const u32* table = p.step.block_tables + first_entry;
+    const u8* keys = first_keys();
     const u8* values = keys + static_cast<u64>(p.block_size) * p.head_dim * sizeof(T);
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < KEYS * WORDS; i += THREADS) {
@@ -294,10 +315,12 @@ struct Attend {
   }
 
   // One tile of keys and values, at `start`, into the sums.
-  DEVICE void add_tile(u32 stage, u32 start) {
+  DEVICE void add_tile(u32 start) {
+    // The positions of the warp's first and last row.
+    u32 low = __shfl_sync(ALL_LANES, position[0], 0), high = __shfl_sync(ALL_LANES, position[1], WARP - 1);
     // With WARPS > 1 every warp has to come to the barriers.
     if (WARPS == 1 && (start > high || start + KEYS <= first_seen(low, p.window))) return;
-    const u8* tile_keys = stages + stage * 2 * TILE_BYTES;
+    const u8* tile_keys = stage_of(start);
     const u8* tile_values = tile_keys + TILE_BYTES;
     float scores[SCORES][4];
 #pragma unroll
@@ -305,7 +328,8 @@ struct Attend {
 #pragma unroll
       for (u32 e = 0; e < 4; e++) scores[j][e] = 0.0f;
     }
-#pragma unroll
+    // Not taken apart where registers are short.
+#pragma unroll (SHARED_Q && HEAD == 128 ? 1 : HEAD / 32)
     for (u32 step = 0; step < HEAD / 16; step += 2) {
       u32 a[2][4];
 #pragma unroll
@@ -322,18 +346,19 @@ struct Attend {
 #pragma unroll
       for (u32 j = 0; j < SCORES; j++) {
         u32 b[4];
-        ldmatrix_x4(b, tile_keys + place((part * SCORES + j) * 8 + lane % 8, step * 2 + lane / 8));
+        ldmatrix_x4(b, tile_keys + place((part * SCORES + j) * 8 + lane() % 8, step * 2 + lane() / 8));
         mma_16x8x16<T>(scores[j], a[0], {b[0], b[1]});
         mma_16x8x16<T>(scores[j], a[1], {b[2], b[3]});
       }
     }
     u32 own_start = start + part * SCORES * 8;
-    if (start + KEYS - 1 > low || start < low_last) {
+    if (start + KEYS - 1 > low || start < first_seen(high, p.window)) {
+      u32 seen_from[2] = {first_seen(position[0], p.window), first_seen(position[1], p.window)};
 #pragma unroll
       for (u32 j = 0; j < SCORES; j++) {
 #pragma unroll
         for (u32 e = 0; e < 4; e++) {
-          u32 at = own_start + j * 8 + lane % 4 * 2 + e % 2;
+          u32 at = own_start + j * 8 + lane() % 4 * 2 + e % 2;
           if (at > position[e / 2] || at < seen_from[e / 2]) scores[j][e] = NOTHING;
         }
       }
@@ -362,7 +387,7 @@ struct Attend {
 #pragma unroll
       for (u32 j = 0; j < SCORES; j++) {
         u32 number = part * SCORES + j;
-        u32* to = exchange + (number / 2 * WARP + lane) * 4 + number % 2 * 2;
+        u32* to = exchange + (number / 2 * WARP + lane()) * 4 + number % 2 * 2;
         to[0] = pack_pair<T>(scores[j][0], scores[j][1]);
         to[1] = pack_pair<T>(scores[j][2], scores[j][3]);
       }
@@ -373,7 +398,7 @@ struct Attend {
     for (u32 step = 0; step < KEYS / 16; step++) {
       u32 a[4];
       if constexpr (WARPS > 1) {
-        Pack<u32, 4> fragment = load_pack<u32, 4>(exchange + (step * WARP + lane) * 4);
+        Pack<u32, 4> fragment = load_pack<u32, 4>(exchange + (step * WARP + lane()) * 4);
 #pragma unroll
         for (u32 e = 0; e < 4; e++) a[e] = fragment.values[e];
       } else {
@@ -388,7 +413,7 @@ struct Attend {
         u32 column = part + i * WARPS;
         if (COLUMNS % WARPS == 0 || column < COLUMNS) {
           u32 b[4];
-          ldmatrix_x4_trans(b, tile_values + place(step * 16 + lane % 16, column * 2 + lane / 16));
+          ldmatrix_x4_trans(b, tile_values + place(step * 16 + lane() % 16, column * 2 + lane() / 16));
           mma_16x8x16<T>(sums[i][0], a, {b[0], b[1]});
           mma_16x8x16<T>(sums[i][1], a, {b[2], b[3]});
         }
@@ -411,15 +436,15 @@ struct Attend {
     }
     if constexpr (WARPS > 1) {
       float* exchange = reinterpret_cast<float*>(rest + EXCHANGED) + tile * WARPS * ROWS;
-      if (lane % 4 == 0) {
-        exchange[part * ROWS + lane / 4] = here[0];
-        exchange[part * ROWS + lane / 4 + 8] = here[1];
+      if (lane() % 4 == 0) {
+        exchange[part * ROWS + lane() / 4] = here[0];
+        exchange[part * ROWS + lane() / 4 + 8] = here[1];
       }
       __syncthreads();
 #pragma unroll
       for (u32 other = 0; other < WARPS; other++) {
-        here[0] = fmaxf(here[0], exchange[other * ROWS + lane / 4]);
-        here[1] = fmaxf(here[1], exchange[other * ROWS + lane / 4 + 8]);
+        here[0] = fmaxf(here[0], exchange[other * ROWS + lane() / 4]);
+        here[1] = fmaxf(here[1], exchange[other * ROWS + lane() / 4 + 8]);
       }
     }
 #pragma unroll
@@ -432,16 +457,16 @@ struct Attend {
   }
 
   // The element of a head that sums[i][n] holds in its columns 0 and 1 (of rows 0 and 8).
-  DEVICE u32 element(u32 i, u32 n) const { return (part + i * WARPS) * 16 + n * 8 + lane % 4 * 2; }
+  DEVICE u32 element(u32 i, u32 n) const { return (part + i * WARPS) * 16 + n * 8 + lane() % 4 * 2; }
 
   DEVICE void write_out(u32 first, const float (&weights)[2]) {
     T* out = static_cast<T*>(p.out);
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-      u32 pair = first + tile * ROWS + lane / 4 + r * 8;
-      if (pair >= rows * group) continue;
-      u64 row = first_row + pair / group;
-      T* to = out + (row * p.heads + kv_head * group + pair % group) * p.head_dim;
+      u32 pair = first + tile * ROWS + lane() / 4 + r * 8;
+      if (pair >= rows * p.group) continue;
+      u64 row = first_row + pair / p.group;
+      T* to = out + (row * p.heads + kv_head * p.group + pair % p.group) * p.head_dim;
       float factor = 1.0f / weights[r];
 #pragma unroll
       for (u32 i = 0; i < OWN; i++) {
@@ -458,10 +483,10 @@ struct Attend {
   DEVICE void write_partial(u32 first, u32 slot) {
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-      u32 pair = first + tile * ROWS + lane / 4 + r * 8;
-      if (pair >= rows * group) continue;
-      u64 place = static_cast<u64>(slot + pair / group) * p.heads + kv_head * group + pair % group;
-      if (part == 0 && lane % 4 == 0) p.states[place] = {largest[r], weight[r * 2]};
+      u32 pair = first + tile * ROWS + lane() / 4 + r * 8;
+      if (pair >= rows * p.group) continue;
+      u64 place = static_cast<u64>(slot + pair / p.group) * p.heads + kv_head * p.group + pair % p.group;
+      if (part == 0 && lane() % 4 == 0) p.states[place] = {largest[r], weight[r * 2]};
 #pragma unroll
       for (u32 i = 0; i < OWN; i++) {
 #pragma unroll
@@ -478,15 +503,12 @@ struct Attend {
   // Tiles over the positions from..=until in order; `between(start)` before each.
   template <typename Between>
   DEVICE void tiles(u32 from, u32 until, Between between) {
-    u32 start = from / KEYS * KEYS;
-    u32 stage = 0;
-    for (; start <= until; start += KEYS) {
+    for (u32 start = from / KEYS * KEYS; start <= until; start += KEYS) {
       async_wait<0>();
       __syncthreads();
-      if (start + KEYS <= until) copy(stage ^ 1, start + KEYS, from, until);
+      if (start + KEYS <= until) copy(start + KEYS, from, until);
       between(start);
-      add_tile(stage, start);
-      stage ^= 1;
+      add_tile(start);
     }
   }
 
@@ -494,11 +516,11 @@ struct Attend {
   DEVICE void few(const Item& item, u32 head) {
     begin(item, head);
     u32 first = item.tile * ROWS * TILES;
-    u32 last_pair = min_u32(first + ROWS * TILES, rows * group) - 1;
+    u32 last_pair = min_u32(first + ROWS * TILES, rows * p.group) - 1;
     const u32* positions = p.step.positions + first_row;
-    u32 from = max_u32(item.split * SPLIT, first_seen(positions[first / group], p.window));
-    u32 until = min_u32(item.split * SPLIT + SPLIT - 1, positions[last_pair / group]);
-    if (from <= until) copy(0, from / KEYS * KEYS, from, until);
+    u32 from = max_u32(item.split * SPLIT, first_seen(positions[first / p.group], p.window));
+    u32 until = min_u32(item.split * SPLIT + SPLIT - 1, positions[last_pair / p.group]);
+    if (from <= until) copy(from / KEYS * KEYS, from, until);
     take_pairs(first);
     tiles(from, until, [](u32) {});
     if (item.slot == DIRECT) {
@@ -520,19 +542,29 @@ struct Attend {
   }
 
   // All splits of some rows of a sequence with many. A thread keeps what the splits so far came to in places of its own.
-  DEVICE void many(const Item& item, u32 head) {
-    begin(item, head);
+  DEVICE void many(const Item* items, u32 number) {
+    Item item = items[number / p.kv_heads];
+    begin(item, number % p.kv_heads);
     u32 first = item.tile * ROWS * TILES;
-    u32 last_pair = min_u32(first + ROWS * TILES, rows * group) - 1;
+    u32 last_pair = min_u32(first + ROWS * TILES, rows * p.group) - 1;
     const u32* positions = p.step.positions + first_row;
-    u32 from = first_seen(positions[first / group], p.window);
-    u32 until = positions[last_pair / group];
-    copy(0, from / KEYS * KEYS, from, until);
+    u32 from = first_seen(positions[first / p.group], p.window);
+    u32 until = positions[last_pair / p.group];
+    copy(from / KEYS * KEYS, from, until);
     take_pairs(first);
     float* totals = reinterpret_cast<float*>(rest + EXCHANGED + LARGEST + QUERIES) + threadIdx.x;
-    float total_weight[2] = {0.0f, 0.0f}, total_largest[2] = {NOTHING, NOTHING};
-    bool joined = false;
-    auto join = [&](bool keep) {
+    // The rows' sums and largest scores; four lanes have the same.
+    float* states = reinterpret_cast<float*>(rest + EXCHANGED + LARGEST + QUERIES) + OWN * 8 * THREADS;
+    states += threadIdx.x / WARP * 2 * ROWS + lane() / 4;
+    float total_weight[2];
+    auto join = [&](u32 split, bool keep) {
+      bool joined = split > from / SPLIT;
+      float total_largest[2];
+#pragma unroll
+      for (u32 r = 0; r < 2; r++) {
+        total_weight[r] = joined ? states[r * 8] : 0.0f;
+        total_largest[r] = joined ? states[ROWS + r * 8] : NOTHING;
+      }
       Merge merge[2] = {Merge(total_largest[0], largest[0], p.scale_log2), Merge(total_largest[1], largest[1], p.scale_log2)};
 #pragma unroll
       for (u32 r = 0; r < 2; r++) total_weight[r] = merge[r](total_weight[r], weight[r * 2]);
@@ -542,23 +574,33 @@ struct Attend {
         sum = merge[i % 4 / 2](joined ? totals[i * THREADS] : 0.0f, sum);
         if (keep) totals[i * THREADS] = sum;
       }
-      joined = true;
+      __syncwarp();
+      if (keep && lane() % 4 == 0) {
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) {
+          states[r * 8] = total_weight[r];
+          states[ROWS + r * 8] = total_largest[r];
+        }
+      }
     };
     tiles(from, until, [&](u32 start) {
       if (start % SPLIT == 0 && start > from) {
-        join(true);
+        join(start / SPLIT - 1, true);
         clear();
       }
     });
-    join(false);
-    write_out(first, total_weight);
+    join(until / SPLIT, false);
+    // Read again rather than kept in registers meanwhile.
+    item = items[number / p.kv_heads];
+    begin(item, number % p.kv_heads);
+    write_out(item.tile * ROWS * TILES, total_weight);
   }
 };
 
 template <typename T, u32 HEAD>
 DEVICE void attention_few(const Params& p) {
   u32 work = p.plan->few * p.kv_heads;
-  Attend<T, HEAD, 1, 4, (HEAD > 128), false> attend(p);
+  Attend<T, HEAD, 1, 4, (HEAD > 128), (HEAD > 128)> attend(p);
   for (u32 i = blockIdx.x; i < work; i += gridDim.x) {
     __syncthreads();  // with the shared memory of the item before
     attend.few(p.few[i / p.kv_heads], i % p.kv_heads);
@@ -567,18 +609,17 @@ DEVICE void attention_few(const Params& p) {
 
 template <typename T, u32 HEAD, u32 TILES, u32 WARPS, bool SMALL>
 DEVICE void attention_many(const Params& p) {
-  u32 work = p.plan->many * p.kv_heads;
-  Attend<T, HEAD, TILES, WARPS, (!SMALL && HEAD > 64), SMALL> attend(p);
-  for (u32 i = blockIdx.x; i < work; i += gridDim.x) {
+  Attend<T, HEAD, TILES, WARPS, HEAD == 96 || (!SMALL && HEAD > 64), SMALL> attend(p);
+  for (u32 i = blockIdx.x; i < p.plan->many * p.kv_heads; i += gridDim.x) {
     __syncthreads();
-    attend.many(p.many[i / p.kv_heads], i % p.kv_heads);
+    attend.many(p.many, i);
   }
 }
 
 // The splits of the rows in p.joins, in order. A thread has two elements of one head.
 template <typename T>
 DEVICE void attention_join(const Params& p) {
-  constexpr u32 AHEAD = 8;  // splits asked for at once
+  constexpr u32 AHEAD = 16;  // splits asked for at once
   u32 joins = p.plan->joins;
   u32 unit = (blockIdx.y * blockDim.x + threadIdx.x) * 2;
   if (unit >= p.heads * p.head_dim) return;

@@ -60,10 +60,12 @@ struct Params {
     page_bytes: u64,
     heads: u32,
     kv_heads: u32,
+    group: u32,
     head_dim: u32,
     block_size: u32,
     window: u32,
     scale_log2: f32,
+    unused: u32,
 }
 
 /// Bytes of a page that holds `block_size` tokens of all layers.
@@ -149,13 +151,14 @@ struct Shape {
 impl Shape {
     fn few(head_dim: usize) -> Self {
         let head = Self::head(head_dim);
-        Self { head, tiles: 1, warps: 4, shared_queries: head > 128, tight: false, many: false }
+        Self { head, tiles: 1, warps: 4, shared_queries: head > 128, tight: head > 128, many: false }
     }
 
     fn many(head_dim: usize, small: bool) -> Self {
         let head = Self::head(head_dim);
         let (warps, all) = (if head > 128 { 2 } else { 1 }, if small { 4 } else { 12 });
-        Self { head, tiles: all / warps, warps, shared_queries: !small && head > 64, tight: small, many: true }
+        let shared_queries = head == 96 || (!small && head > 64);
+        Self { head, tiles: all / warps, warps, shared_queries, tight: small, many: true }
     }
 
     /// The length that kernels are compiled for.
@@ -175,7 +178,8 @@ impl Shape {
         let stages = 2 * 2 * keys * stride * 16;
         let exchanged = if warps > 1 { tiles * keys / 16 * WARP * 16 + tiles * warps * PAIRS * 4 } else { 0 };
         let queries = if self.shared_queries { tiles * head / 16 * WARP * 16 } else { 0 };
-        let totals = if self.many { self.threads() * (head / 16).div_ceil(warps) * 8 * 4 } else { 0 };
+        let totals = self.threads() * (head / 16).div_ceil(warps) * 8 * 4 + tiles * warps * 2 * PAIRS * 4;
+        let totals = if self.many { totals } else { 0 };
         stages + exchanged + queries + totals
     }
 }
@@ -359,10 +363,12 @@ fn params<D: Device>(attention: &Attention<'_, D>, qkv: &CudaTensor<D>, out: &Cu
         page_bytes: kv.page_bytes as u64,
         heads: spec.heads as u32,
         kv_heads: spec.kv_heads as u32,
+        group: plan.group as u32,
         head_dim: spec.head_dim as u32,
         block_size: spec.block_size as u32,
         window: window_of(plan.window),
         scale_log2: spec.scale * std::f32::consts::LOG2_E,
+        unused: 0,
     }
 }
 
