@@ -128,10 +128,10 @@ fn seeded(all: Vec<SamplingParams>, seeds: std::ops::Range<u64>) -> Vec<Sampling
 fn a_draw_is_the_token_at_the_random_number_s_place() {
     sanitised(|| {
         let device = emulated();
-        for vocab in [50, 1_000, 1_003] {
-            check_places(&device, &peaked(vocab, 4), &seeded(many_params(), 0..3), "peaked");
+        for (vocab, seed) in [(50, 0), (1_000, 1), (1_003, 2)] {
+            check_places(&device, &peaked(vocab, 4), &seeded(many_params(), seed..seed + 1), "peaked");
         }
-        check_places(&device, &random(1, 333, 0.01), &seeded(many_params(), 3..5), "flat");
+        check_places(&device, &random(1, 333, 0.01), &seeded(many_params(), 3..4), "flat");
     });
 }
 
@@ -140,8 +140,8 @@ fn equal_logits_are_kept_as_the_reference_keeps_them() {
     sanitised(|| {
         let device = emulated();
         let rounded: Vec<f32> = peaked(801, 2).into_iter().map(|x| x.round() + 0.0).collect();
-        check_places(&device, &rounded, &seeded(many_params(), 5..8), "rounded");
-        check_places(&device, &vec![1.5; 600], &seeded(many_params(), 8..11), "equal");
+        check_places(&device, &rounded, &seeded(many_params(), 5..6), "rounded");
+        check_places(&device, &vec![1.5; 600], &seeded(many_params(), 8..9), "equal");
     });
 }
 
@@ -229,7 +229,7 @@ fn drawn_frequencies_follow_the_distribution() {
     sanitised(|| {
         let device = emulated();
         let logits = [1.0, 0.0, 2.0, -1.0, 0.5, f32::NEG_INFINITY, 1.5];
-        for (draws, top_p) in [(3_000_usize, 1.0), (500, 0.8)] {
+        for (draws, top_p) in [(600_usize, 1.0), (150, 0.8)] {
             let all: Vec<SamplingParams> =
                 (0..draws as u64).map(|seed| params(|p| (p.seed, p.top_p) = (seed, top_p))).collect();
             let rows: Vec<_> = all.iter().map(draw).collect();
@@ -377,7 +377,7 @@ fn a_draw_depends_on_nothing_in_the_batch() {
         let mut found = exact(&run(&devices[1], &turned_logits, vocab, &turned));
         found.reverse();
         assert_eq!(found, together, "in the other order");
-        for (row, together) in together.iter().enumerate() {
+        for (row, together) in together.iter().enumerate().step_by(2) {
             let alone = run(&devices[1], &logits[row * vocab..(row + 1) * vocab], vocab, &rows[row..row + 1]);
             assert_eq!(&exact(&alone)[0], together);
         }
