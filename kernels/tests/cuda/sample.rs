@@ -385,9 +385,12 @@ fn a_draw_depends_on_nothing_in_the_batch() {
 }
 
 /// Results with the bits of their numbers.
-fn exact(rows: &[SampledRow]) -> Vec<(Token, u32, Vec<(Token, u32)>)> {
-    let top = |row: &SampledRow| row.top.iter().map(|top| (top.token, top.logprob.to_bits())).collect();
-    rows.iter().map(|row| (row.token, row.logprob.to_bits(), top(row))).collect()
+fn exact(rows: &[SampledRow]) -> Vec<Vec<(Token, u32)>> {
+    let row = |row: &SampledRow| {
+        let top = row.top.iter().map(|top| (top.token, top.logprob.to_bits()));
+        std::iter::once((row.token, row.logprob.to_bits())).chain(top).collect()
+    };
+    rows.iter().map(row).collect()
 }
 
 #[test]
@@ -397,8 +400,9 @@ fn when_every_token_is_banned_the_best_raw_one_is_taken() {
         let banned: Vec<Token> = (0..40).collect();
         let mut logits = random(8, 40, 1.0);
         logits[23] = 5.0;
-        let (greedy, cut) = (params(|p| p.temperature = 0.0), params(|p| p.top_p = 0.5));
-        let default = SamplingParams::default();
+        // Were they not banned, some of these would draw others.
+        let mut all = vec![params(|p| p.temperature = 0.0), params(|p| p.top_p = 0.5)];
+        all.extend((0..30).map(|seed| params(|p| (p.seed, p.temperature) = (seed, 3.0))));
         let row = |params| SampleRow::Draw {
             params,
             sample_index: 0,
@@ -407,7 +411,8 @@ fn when_every_token_is_banned_the_best_raw_one_is_taken() {
             banned: banned.as_slice(),
             top: 1,
         };
-        for out in run(&device, &logits.repeat(3), 40, &[row(&greedy), row(&cut), row(&default)]) {
+        let rows: Vec<_> = all.iter().map(row).collect();
+        for out in run(&device, &logits.repeat(rows.len()), 40, &rows) {
             assert_eq!((out.token, out.top[0].token), (23, 23));
             assert!(out.logprob.is_finite());
         }
