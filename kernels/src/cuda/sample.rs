@@ -269,10 +269,17 @@ impl<D: Device> Sampler<D> {
     /// # Errors
     /// A device failure.
     pub fn results(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
+        if self.host.is_empty() {
+            out.clear();
+            return Ok(());
+        }
         let found: Vec<Found> = self.results.read(0, self.host.len())?;
         let with_tops = self.host.iter().rposition(|request| request.top > 0).map_or(0, |last| last + 1);
         let first = self.limits.rows * size_of::<Found>();
-        let tops: Vec<FoundTop> = self.results.read(first, with_tops * self.limits.top)?;
+        let tops: Vec<FoundTop> = match with_tops {
+            0 => Vec::new(),
+            rows => self.results.read(first, rows * self.limits.top)?,
+        };
         out.truncate(found.len());
         out.resize_with(found.len(), SampledRow::default);
         for (row, (found, out)) in found.iter().zip(out).enumerate() {
