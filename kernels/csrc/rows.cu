@@ -100,46 +100,57 @@ DEVICE float block_sum(float x) {
 
 // residual += delta where given, then out = residual / sqrt(mean(residual^2) + eps) * weight. A thread has packs
 // threadIdx.x, threadIdx.x + blockDim.x, ...; the first of them stay in registers between the sum and the product, the others
-// it reads back.
+// it reads back. All loads of the first are on their way before anything waits for one.
 template <typename T, u32 N>
 DEVICE void norm_row(const NormParams& p) {
   u64 row = static_cast<u64>(blockIdx.x) * p.width;
   float* residual = p.residual + row;
   const T* delta = p.delta ? static_cast<const T*>(p.delta) + row : nullptr;
   T* out = static_cast<T*>(p.out) + row;
-  u32 packs = p.width / N;
-  Pack<float, N> kept[NORM_PACKS];
+  u32 packs = p.width / N, first = threadIdx.x, beyond = threadIdx.x + NORM_PACKS * blockDim.x;
   float sum = 0.0f;
-  auto take = [&](u32 pack) {
-    Pack<float, N> x = load_pack<float, N>(residual + pack * N);
-    if (delta) {
-      Pack<T, N> more = load_pack<T, N>(delta + pack * N);
-      for (u32 i = 0; i < N; i++) x.values[i] += as_float(more.values[i]);
-      store_pack<float, N>(residual + pack * N, x);
-    }
-    for (u32 i = 0; i < N; i++) sum += x.values[i] * x.values[i];
-    return x;
+  auto add = [&](u32 pack, Pack<float, N>& x, const Pack<T, N>& more) {
+    for (u32 i = 0; i < N; i++) x.values[i] += as_float(more.values[i]);
+    store_pack<float, N>(residual + pack * N, x);
   };
-#pragma unroll
-  for (u32 slot = 0; slot < NORM_PACKS; slot++) {
-    u32 pack = threadIdx.x + slot * blockDim.x;
-    if (pack < packs) kept[slot] = take(pack);
-  }
-  for (u32 pack = threadIdx.x + NORM_PACKS * blockDim.x; pack < packs; pack += blockDim.x) take(pack);
-  float factor = 1.0f / sqrtf(block_sum(sum) / static_cast<float>(p.width) + p.eps);
-  auto give = [&](u32 pack, const Pack<float, N>& x) {
-    Pack<float, N> weight = load_pack<float, N>(p.weight + pack * N);
+  auto square = [&](const Pack<float, N>& x) {
+    for (u32 i = 0; i < N; i++) sum += x.values[i] * x.values[i];
+  };
+  auto give = [&](u32 pack, const Pack<float, N>& x, const Pack<float, N>& weight, float factor) {
     Pack<T, N> y;
     for (u32 i = 0; i < N; i++) y.values[i] = from_float<T>(x.values[i] * factor * weight.values[i]);
     store_pack<T, N>(out + pack * N, y);
   };
+  Pack<float, N> kept[NORM_PACKS], weights[NORM_PACKS];
+  Pack<T, N> addends[NORM_PACKS];
 #pragma unroll
   for (u32 slot = 0; slot < NORM_PACKS; slot++) {
-    u32 pack = threadIdx.x + slot * blockDim.x;
-    if (pack < packs) give(pack, kept[slot]);
+    u32 pack = first + slot * blockDim.x;
+    if (pack >= packs) continue;
+    kept[slot] = load_pack<float, N>(residual + pack * N);
+    if (delta) addends[slot] = load_pack<T, N>(delta + pack * N);
+    weights[slot] = load_pack<float, N>(p.weight + pack * N);
   }
-  for (u32 pack = threadIdx.x + NORM_PACKS * blockDim.x; pack < packs; pack += blockDim.x) {
-    give(pack, load_pack<float, N>(residual + pack * N));
+#pragma unroll
+  for (u32 slot = 0; slot < NORM_PACKS; slot++) {
+    u32 pack = first + slot * blockDim.x;
+    if (pack >= packs) continue;
+    if (delta) add(pack, kept[slot], addends[slot]);
+    square(kept[slot]);
+  }
+  for (u32 pack = beyond; pack < packs; pack += blockDim.x) {
+    Pack<float, N> x = load_pack<float, N>(residual + pack * N);
+    if (delta) add(pack, x, load_pack<T, N>(delta + pack * N));
+    square(x);
+  }
+  float factor = 1.0f / sqrtf(block_sum(sum) / static_cast<float>(p.width) + p.eps);
+#pragma unroll
+  for (u32 slot = 0; slot < NORM_PACKS; slot++) {
+    u32 pack = first + slot * blockDim.x;
+    if (pack < packs) give(pack, kept[slot], weights[slot], factor);
+  }
+  for (u32 pack = beyond; pack < packs; pack += blockDim.x) {
+    give(pack, load_pack<float, N>(residual + pack * N), load_pack<float, N>(p.weight + pack * N), factor);
   }
 }
 

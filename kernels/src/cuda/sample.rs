@@ -2,8 +2,8 @@
 //!
 //! What differs from step to step is in memory: a request for each row, and for rows with penalties, biases or bans the list of the
 //! logits that change, each token once. The list is made here, because the history is here: one pass over the history, a counter
-//! for each token of the vocabulary, 16 bytes to the device for each token that changes. That costs about 3 ns for each token of the
-//! history (25 microseconds for 8,192 tokens) and nothing for rows without penalties.
+//! for each token of the vocabulary, 16 bytes to the device for each token that changes. That costs 5 ns for each token of the
+//! history (measured: 41 microseconds for 8,192 tokens, 5,639 of them distinct) and nothing for rows without penalties.
 
 use std::sync::Arc;
 
@@ -269,10 +269,17 @@ impl<D: Device> Sampler<D> {
     /// # Errors
     /// A device failure.
     pub fn results(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
+        if self.host.is_empty() {
+            out.clear();
+            return Ok(());
+        }
         let found: Vec<Found> = self.results.read(0, self.host.len())?;
         let with_tops = self.host.iter().rposition(|request| request.top > 0).map_or(0, |last| last + 1);
         let first = self.limits.rows * size_of::<Found>();
-        let tops: Vec<FoundTop> = self.results.read(first, with_tops * self.limits.top)?;
+        let tops: Vec<FoundTop> = match with_tops {
+            0 => Vec::new(),
+            rows => self.results.read(first, rows * self.limits.top)?,
+        };
         out.truncate(found.len());
         out.resize_with(found.len(), SampledRow::default);
         for (row, (found, out)) in found.iter().zip(out).enumerate() {
