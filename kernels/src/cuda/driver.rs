@@ -69,7 +69,8 @@ pub struct Driver {
     properties: Properties,
     kernels: HashMap<String, Kernel>,
     blas: Blas,
-    workspace: u64,
+    /// Of matrix products.
+    workspace: Taken,
     /// Compute and Copy.
     lanes: [Lane; 2],
     /// Last: what is above needs the context.
@@ -304,6 +305,19 @@ impl Drop for CudaEvent {
     }
 }
 
+/// Device memory of the device's own.
+#[derive(Debug)]
+struct Taken {
+    address: u64,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.shared.free(self.address);
+    }
+}
+
 /// Host memory that the device copies from and to without help.
 struct Pinned {
     start: *mut u8,
@@ -394,6 +408,7 @@ impl Driver {
         }
         let blas = Blas::new(Arc::clone(&shared), library, options.products)?;
         let workspace = shared.allocate("workspace of matrix products", WORKSPACE_BYTES)?;
+        let workspace = Taken { address: workspace, shared: Arc::clone(&shared) };
         let lanes = [Lane::new(&shared)?, Lane::new(&shared)?];
         Ok(Arc::new(Self { properties, kernels, blas, workspace, lanes, shared }))
     }
@@ -410,8 +425,10 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        self.shared.free(self.workspace);
-        // Waited for both streams, unless the device is lost.
+        if self.shared.enter("closing").is_ok() {
+            let _ = self.shared.wait_for(Stream::Compute).and_then(|()| self.shared.wait_for(Stream::Copy));
+        }
+        // Nothing reads pinned memory any more, or the device is lost and keeps it.
         for lane in &self.lanes {
             locked(&lane.writes).0.drain().for_each(drop);
         }
@@ -773,7 +790,7 @@ impl Device for Driver {
         }
         let _relaxed = Relaxed::new(&self.shared)?;
         // SAFETY: the caller vouches for the matrices; the context is current; the workspace is Compute's.
-        unsafe { self.blas.multiply(self.shared.stream(stream), self.workspace, gemm) }
+        unsafe { self.blas.multiply(self.shared.stream(stream), self.workspace.address, gemm) }
     }
 
     fn capture(&self, record: &mut dyn FnMut() -> Result<(), KernelError>) -> Result<Self::Graph, KernelError> {
