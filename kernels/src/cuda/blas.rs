@@ -25,8 +25,8 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::sys as lt;
 
+use super::context::{Shared, locked};
 use super::device::{Element, Gemm};
-use super::driver::{Shared, locked};
 use super::library::CublasLt;
 use crate::KernelError;
 

@@ -2,6 +2,7 @@
 
 mod blas;
 pub mod compile;
+mod context;
 pub mod device;
 pub mod driver;
 #[cfg(feature = "emulated")]
