@@ -25,8 +25,8 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::sys as lt;
 
+use super::context::{Shared, locked};
 use super::device::{Element, Gemm};
-use super::driver::{Shared, locked};
 use super::library::CublasLt;
 use crate::KernelError;
 
@@ -238,6 +238,13 @@ impl Blas {
     /// The first of cuBLASLt's answers, best first, that keeps bits and works for the whole class.
     fn choose(&self, shape: &Shape, class: &Class) -> Result<lt::cublasLtMatmulAlgo_t, String> {
         let split = self.products.split && class.split;
+        self.choose_among(shape, class, split).or_else(|reason| {
+            // Split, there may be none where there is one that is not.
+            if split { self.choose_among(shape, class, false) } else { Err(reason) }
+        })
+    }
+
+    fn choose_among(&self, shape: &Shape, class: &Class, split: bool) -> Result<lt::cublasLtMatmulAlgo_t, String> {
         let asked = Matrices::new(&self.library, shape, class.asked)?;
         let preference = Preference::new(&self.library, shape.alignment, split)?;
         // SAFETY: plain numbers; zero is a value of each of them.
@@ -258,23 +265,26 @@ impl Blas {
                 &mut count,
             )
         })?;
-        let answers = &answers[..usize::try_from(count).unwrap_or(0).min(ANSWERS)];
-        let others: Vec<Matrices> =
-            class.also.iter().map(|rows| Matrices::new(&self.library, shape, *rows)).collect::<Result<_, _>>()?;
-        answers
-            .iter()
-            .filter(|answer| answer.state == lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS)
-            .map(|answer| answer.algo)
-            .find(|algorithm| {
-                self.keeps_bits(algorithm, split)
-                    && self.fits(&asked, algorithm)
-                    && others.iter().all(|matrices| self.fits(matrices, algorithm))
-            })
-            .ok_or_else(|| format!("none of cuBLASLt's {} algorithms serves any number of rows", answers.len()))
+        let mut rows = vec![asked];
+        for also in class.also {
+            rows.push(Matrices::new(&self.library, shape, *also)?);
+        }
+        let mut refused = String::new();
+        for answer in &answers[..usize::try_from(count).unwrap_or(0).min(ANSWERS)] {
+            let (parts, reduction) = self.sums(&answer.algo);
+            let fixed = order_is_fixed(parts, reduction, split);
+            let fits = rows.iter().filter(|matrices| self.fits(matrices, &answer.algo)).count();
+            if fixed && fits == rows.len() {
+                return Ok(answer.algo);
+            }
+            refused +=
+                &format!(" ({parts:?} parts, reduction {reduction:?}, does {fits} of {} numbers of rows)", rows.len());
+        }
+        Err(format!("none of cuBLASLt's {count} algorithms serves every number of rows and keeps bits:{refused}"))
     }
 
-    /// Whether the order of a sum depends on the algorithm alone.
-    fn keeps_bits(&self, algorithm: &lt::cublasLtMatmulAlgo_t, split: bool) -> bool {
+    /// In how many parts an algorithm adds up k, and by which of cuBLASLt's reductions it joins them.
+    fn sums(&self, algorithm: &lt::cublasLtMatmulAlgo_t) -> (Option<i32>, Option<u32>) {
         use lt::cublasLtMatmulAlgoConfigAttributes_t as Config;
         let number = |which| {
             let (mut value, mut written) = (0_u32, 0);
@@ -285,9 +295,10 @@ impl Blas {
             };
             (status == 0).then_some(value)
         };
-        let parts = number(Config::CUBLASLT_ALGO_CONFIG_SPLITK_NUM).map(u32::cast_signed);
-        let reduction = number(Config::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME);
-        order_is_fixed(parts, reduction, split)
+        (
+            number(Config::CUBLASLT_ALGO_CONFIG_SPLITK_NUM).map(u32::cast_signed),
+            number(Config::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME),
+        )
     }
 
     /// Whether the algorithm does this product in the workspace there is.

@@ -4,6 +4,7 @@ pub mod attention;
 pub mod backend;
 mod blas;
 pub mod compile;
+mod context;
 pub mod device;
 pub mod driver;
 #[cfg(feature = "emulated")]

@@ -9,6 +9,8 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -35,6 +37,7 @@ struct Stream {
   Graph* recording = nullptr;
   bool broken = false;
   u32 mode = 0;
+  std::thread::id thread;
 };
 struct Function {
   std::string name;
@@ -92,9 +95,9 @@ bool inside(u64 at, size_t bytes) {
   --after;
   return at + bytes <= after->first + after->second;
 }
-// What waits, allocates or frees breaks a recording unless the thread has said that it knows.
+// What allocates or frees breaks a recording of the same thread, unless the thread has said that it knows.
 u32 unsafe_call() {
-  if (recorder && recorder->mode != 2) {
+  if (recorder && recorder->mode != 2 && recorder->thread == std::this_thread::get_id()) {
     recorder->broken = true;
     return CAPTURE_UNSUPPORTED;
   }
@@ -190,21 +193,25 @@ API u32 cuStreamBeginCapture_v2(Stream* stream, u32 mode) {
   stream->recording = new Graph;
   stream->broken = false;
   stream->mode = mode;
+  stream->thread = std::this_thread::get_id();
   recorder = stream;
   return OK;
 }
 API u32 cuStreamEndCapture(Stream* stream, Graph** graph) {
-  ENTER();
+  std::lock_guard<std::recursive_mutex> guard(lock);
   *graph = nullptr;
   if (!stream->recording) return CAPTURE_UNMATCHED;
+  // However it goes, the recording is over.
+  Graph* recorded = std::exchange(stream->recording, nullptr);
   recorder = nullptr;
-  if (stream->broken) {
-    delete stream->recording;
-    stream->recording = nullptr;
-    return CAPTURE_INVALIDATED;
+  u32 status = enter(__func__, true);
+  if (!status && stream->thread != std::this_thread::get_id()) status = 908;
+  if (!status && stream->broken) status = CAPTURE_INVALIDATED;
+  if (status) {
+    delete recorded;
+    return status;
   }
-  *graph = stream->recording;
-  stream->recording = nullptr;
+  *graph = recorded;
   live["graphs"]++;
   return OK;
 }
