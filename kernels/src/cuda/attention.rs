@@ -68,12 +68,6 @@ struct Params {
     unused: u32,
 }
 
-/// Bytes of a page that holds `block_size` tokens of all layers.
-#[must_use]
-pub fn page_bytes(spec: &AttentionSpec, layers: usize, element: Element) -> usize {
-    (layers * layer_elements(spec) * element.bytes()).next_multiple_of(256)
-}
-
 /// Numbers of one layer in a page.
 fn layer_elements(spec: &AttentionSpec) -> usize {
     spec.kv_heads * 2 * spec.block_size * spec.head_dim

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use openlora_kernels::conformance::Random;
 use openlora_kernels::cuda::attention::{
-    Attention, AttentionBounds, AttentionPartials, AttentionPlan, KvLayer, attention, page_bytes,
+    Attention, AttentionBounds, AttentionPartials, AttentionPlan, KvLayer, attention,
 };
 use openlora_kernels::cuda::device::{Device, Element, Memory, Stream};
 use openlora_kernels::cuda::emulated::Emulated;
+use openlora_kernels::cuda::pages::page_bytes;
 use openlora_kernels::cuda::step::{StepLimits, StepMemory};
 use openlora_kernels::cuda::tensor::CudaTensor;
 use openlora_kernels::{AttentionSpec, SequenceRows, StepRows, reference};
