@@ -2,8 +2,9 @@
 
 use half::{bf16, f16};
 use openlora_kernels::conformance::Random;
-use openlora_kernels::cuda::attention::{KvLayer, page_bytes};
+use openlora_kernels::cuda::attention::KvLayer;
 use openlora_kernels::cuda::device::{Element, Memory, Stream};
+use openlora_kernels::cuda::pages::page_bytes;
 use openlora_kernels::cuda::rope::{Rope, RopeMemory, rope_and_store};
 use openlora_kernels::cuda::step::{StepLimits, StepMemory};
 use openlora_kernels::cuda::tensor::CudaTensor;
