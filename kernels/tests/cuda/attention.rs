@@ -109,8 +109,8 @@ impl World {
             })
             .collect();
         let mut world = Self { device, spec, element, window, shared_bytes: LARGE, sequences, pages, page_bytes };
-        for sequence in 0..lengths.len() {
-            world.fill(sequence, 0..lengths[sequence], None);
+        for (sequence, tokens) in lengths.iter().enumerate() {
+            world.fill(sequence, 0..*tokens, None);
         }
         world
     }
