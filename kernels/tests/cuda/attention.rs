@@ -377,7 +377,9 @@ fn bits_are_a_rows_own(sizes: Sizes, element: Element, window: Option<usize>) {
     }
     for multiprocessors in [1, 132] {
         let world = World::new(emulated_with(multiprocessors), sizes, element, window, &lengths, 5);
-        let parts = [(1, 290, 2), (0, 520, 10), (3, 0, 61)];
+        // More pieces of work than one multiprocessor has blocks, of either kind.
+        let mut parts = vec![(1, 290, 2), (0, 520, 10), (3, 0, 61), (0, 0, 530)];
+        parts.extend((500..512).map(|position| (0, position, 1)));
         assert_same(world.bits(&parts), &format!("{multiprocessors} multiprocessors"));
     }
 }
