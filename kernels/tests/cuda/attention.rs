@@ -110,8 +110,8 @@ impl World {
             })
             .collect();
         let mut world = Self { device, spec, element, window, shared_bytes: LARGE, sequences, pages, page_bytes };
-        for sequence in 0..lengths.len() {
-            world.fill(sequence, 0..lengths[sequence], None);
+        for (sequence, tokens) in lengths.iter().enumerate() {
+            world.fill(sequence, 0..*tokens, None);
         }
         world
     }
@@ -378,7 +378,9 @@ fn bits_are_a_rows_own(sizes: Sizes, element: Element, window: Option<usize>) {
     }
     for multiprocessors in [1, 132] {
         let world = World::new(emulated_with(multiprocessors), sizes, element, window, &lengths, 5);
-        let parts = [(1, 290, 2), (0, 520, 10), (3, 0, 61)];
+        // More pieces of work than one multiprocessor has blocks, of either kind.
+        let mut parts = vec![(1, 290, 2), (0, 520, 10), (3, 0, 61), (0, 0, 530)];
+        parts.extend((500..512).map(|position| (0, position, 1)));
         assert_same(world.bits(&parts), &format!("{multiprocessors} multiprocessors"));
     }
 }
