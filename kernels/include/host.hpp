@@ -7,7 +7,8 @@
 //   shared memory             exactly as large as the launch says, full of NaN (0xff) before each block
 //   async_copy_16             its 16 bytes are NaN until async_wait of their group copies them
 //   __syncthreads, *_sync     an error when threads have ended or are at another place in the source, or when the mask is not full
-//   alignment, bounds         the sanitisers' business; ldmatrix and async_copy_16 check them themselves
+//   bounds                    with -fsanitize=address
+//   alignment, races          with -fsanitize=thread: see below; ldmatrix and async_copy_16 check their alignment always
 //
 // src/cuda/emulated.rs compiles each file of csrc into a shared library of its own and calls the entries that KERNEL defines.
 #pragma once
@@ -19,14 +20,22 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <array>
 #include <exception>
+#include <memory>
+#include <unordered_map>
 #include <vector>
 
+#ifdef __SANITIZE_THREAD__
+#include <dlfcn.h>
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__)
+#if defined(__x86_64__)
+#define HOST_ASSEMBLY
+#else
 #include <ucontext.h>
 #endif
 
@@ -40,7 +49,12 @@ struct HostLaunch {
   u64 seed;
   char* message;  // filled when the entry returns something else than 0
   u64 message_bytes;
+  const u64 (*allocations)[2];  // where device memory is: begin and end, ascending
+  u64 allocations_count;
 };
+
+// The machinery itself is not looked at by the sanitisers: it would take most of the time.
+#define HOST_PLAIN __attribute__((no_sanitize("address", "undefined", "thread")))
 
 namespace host {
 
@@ -53,16 +67,20 @@ struct Site {
   const char* what;
   const char* file;
   u32 line;
-  bool same(const Site& other) const { return line == other.line && !strcmp(what, other.what) && !strcmp(file, other.file); }
+  HOST_PLAIN bool same(const Site& other) const {
+    auto equal = [](const char* a, const char* b) { return a == b || !strcmp(a, b); };
+    return line == other.line && equal(what, other.what) && equal(file, other.file);
+  }
 };
 
 struct Copy {
   u8* to;
   const u8* from;
   u32 bytes;
+  Site site;
 };
 
-#if defined(__x86_64__)
+#ifdef HOST_ASSEMBLY
 using Context = void*;  // the stack pointer; registers lie above it
 #else
 using Context = ucontext_t;
@@ -87,11 +105,25 @@ struct Meeting {
   u32 arrived;
 };
 
+// A thread's access to a byte, and how many barriers it had passed.
+struct Access {
+  u32 block;  // the how manieth of all that have run, from 1 on; 0: no access
+  u32 thread;
+  u32 barriers, warp_barriers;
+  const void* at;  // the instruction, or the file's name when there is a line
+  u32 line;
+};
+struct Cell {
+  Access written, read[2];  // of many readers two
+};
+
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t STACK_BYTES = 512 << 10;
 #else
-constexpr size_t STACK_BYTES = 128 << 10;
+constexpr size_t STACK_BYTES = 192 << 10;
 #endif
+// Stacks begin at different places of a page: the cache has few places for lines at the same one.
+constexpr size_t STACK_STEP = 448, STACK_STEPS = 128;
 constexpr size_t GUARD_BYTES = 64 << 10;
 constexpr size_t FENCE_BYTES = 128;
 
@@ -113,9 +145,14 @@ struct Machine {
   bool failed;
   u64 random;
   std::vector<Fiber> fibers;
-  std::vector<Fiber*> ready;
+  Fiber* ready[1024];
+  u32 ready_count;
   std::vector<Meeting> warps;
   Meeting barrier;
+  u32 block_number, barriers, warp_barriers[32];
+  std::vector<Cell> shared_cells;
+  std::unordered_map<u64, std::array<Access, 16>> written;  // device memory, by 16 bytes
+  bool looking;
   Context scheduler;
   void* fake_stack;
   const void* scheduler_stack;
@@ -127,7 +164,7 @@ struct Machine {
       munmap(fiber.stack - GUARD_BYTES, STACK_BYTES + GUARD_BYTES);
     }
   }
-  u32 draw(u32 below) {
+  HOST_PLAIN u32 draw(u32 below) {  // 0 to below - 1
     random ^= random << 13;
     random ^= random >> 7;
     random ^= random << 17;
@@ -139,7 +176,7 @@ struct Machine {
 static thread_local Machine* machine = nullptr;
 static thread_local Fiber* self = nullptr;
 
-#if defined(__x86_64__)
+#ifdef HOST_ASSEMBLY
 // Saves what a function must preserve, changes the stack, and goes on where that one was left.
 extern "C" __attribute__((visibility("hidden"))) void openlora_switch(void** leave, void* enter);
 asm(R"(
@@ -166,8 +203,8 @@ openlora_switch:
 .size openlora_switch, .-openlora_switch
 )");
 inline void switch_context(Context& leave, Context& enter) { openlora_switch(&leave, enter); }
-inline void start_context(Context& context, u8* stack, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + STACK_BYTES);
+inline void start_context(Context& context, u8*, u8* stack, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack);
   top[-1] = nullptr;  // where a backtrace ends
   top[-2] = reinterpret_cast<void*>(entry);
   for (int i = 3; i <= 8; i++) top[-i] = nullptr;
@@ -175,16 +212,16 @@ inline void start_context(Context& context, u8* stack, void (*entry)()) {
 }
 #else
 inline void switch_context(Context& leave, Context& enter) { swapcontext(&leave, &enter); }
-inline void start_context(Context& context, u8* stack, void (*entry)()) {
+inline void start_context(Context& context, u8* stack, u8* end, void (*entry)()) {
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = STACK_BYTES;
+  context.uc_stack.ss_size = static_cast<size_t>(end - stack);
   context.uc_link = nullptr;
   makecontext(&context, entry, 0);
 }
 #endif
 
-inline void enter_fiber(Fiber* fiber) {
+HOST_PLAIN inline void enter_fiber(Fiber* fiber) {
   self = fiber;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine->fake_stack, fiber->stack, STACK_BYTES);
@@ -197,7 +234,7 @@ inline void enter_fiber(Fiber* fiber) {
 }
 
 // Back to the scheduler, until it picks this thread again.
-inline void leave_fiber(bool for_good = false) {
+HOST_PLAIN inline void leave_fiber(bool for_good = false) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, machine->scheduler_stack, machine->scheduler_stack_bytes);
 #endif
@@ -230,6 +267,149 @@ __attribute__((format(printf, 1, 2))) inline void report(const char* format, ...
     for (;;) ::host::leave_fiber(); \
   } while (false)
 
+#ifdef __SANITIZE_THREAD__
+// Races. -fsanitize=thread calls a function before every access to memory; here is what these functions do instead of that sanitiser's
+// library, which knows nothing of blocks and warps. Two accesses to a byte by different threads, one of them a write, need a barrier
+// between them: __syncthreads, or __syncwarp within a warp. Shuffles, votes, ldmatrix and mma are none: they order no memory. Threads
+// of different blocks have no barrier at all. In device memory only writes are remembered: what reads before another one writes is
+// found in another order, which the next launch has.
+HOST_PLAIN inline bool unordered(const Access& then, const Access& now) {
+  if (then.block == 0 || (then.block == now.block && then.thread == now.thread)) return false;
+  if (then.block != now.block) return true;
+  if (then.barriers < now.barriers) return false;
+  return then.thread / WARP != now.thread / WARP || then.warp_barriers >= now.warp_barriers;
+}
+
+// Where in the source an access is.
+inline void describe(const Access& access, char* to, size_t room) {
+  const void* instruction = access.at;
+  if (access.line) {
+    snprintf(to, room, "%s:%u", static_cast<const char*>(access.at), access.line);
+    return;
+  }
+  Dl_info info;
+  snprintf(to, room, "%p", instruction);
+  if (!dladdr(instruction, &info)) return;
+  char command[1024];
+  snprintf(command, sizeof command, "addr2line -s -i -e '%s' 0x%llx", info.dli_fname,
+           static_cast<u64>(static_cast<const u8*>(instruction) - static_cast<u8*>(info.dli_fbase)) - 1);
+  FILE* output = popen(command, "r");
+  if (!output) return;
+  // A line for the place, then one for each function that it was inlined into.
+  char frame[256];
+  for (size_t used = 0; used < room && fgets(frame, sizeof frame, output);) {
+    frame[strcspn(frame, " \n")] = 0;
+    used += static_cast<size_t>(snprintf(to + used, room - used, "%s%s", used ? " from " : "", frame));
+    if (strstr(frame, ".cu:")) break;
+  }
+  pclose(output);
+}
+
+inline void report_race(const Access& then, bool then_writes, const Access& now, bool writes, const char* space, u64 offset) {
+  char here[256], there[256], other[64] = "";
+  describe(now, here, sizeof here);
+  describe(then, there, sizeof there);
+  if (then.block != now.block) snprintf(other, sizeof other, " of another block");
+  report("a race for byte %llu of %s: %s at %s what thread %u%s %s at %s, with no barrier between", offset, space,
+         writes ? "writes" : "reads", here, then.thread, other, then_writes ? "wrote" : "read", there);
+}
+
+inline void look_at_alignment(const void* address, u64 bytes, bool write, const Access& now) {
+  if (bytes > 16 || (bytes & (bytes - 1)) || reinterpret_cast<u64>(address) % (bytes ? bytes : 1) == 0) return;
+  char here[256];
+  describe(now, here, sizeof here);
+  report("%s %llu bytes at %s from an address that is not aligned to them", write ? "writes" : "reads", bytes, here);
+}
+
+HOST_PLAIN inline void look_at_shared(u64 offset, bool write, const Access& now) {
+  Cell& cell = machine->shared_cells[offset];
+  // What earlier blocks did there was in memory of their own.
+  if (cell.written.block != now.block) cell.written.block = 0;
+  if (unordered(cell.written, now)) return report_race(cell.written, true, now, write, "shared memory", offset);
+  Access* slot = &cell.read[machine->draw(2)];
+  for (Access& read : cell.read) {
+    if (read.block != now.block) read.block = 0;
+    if (write && unordered(read, now)) return report_race(read, false, now, true, "shared memory", offset);
+    if (read.block == 0 || read.thread == now.thread) slot = &read;
+  }
+  if (write) {
+    cell = Cell{now, {}};
+  } else {
+    *slot = now;
+  }
+}
+
+HOST_PLAIN inline void look_at_global(u64 address, u64 bytes, bool write, const Access& now) {
+  u64 low = 0, high = machine->launch->allocations_count;
+  while (low < high) {
+    u64 middle = (low + high) / 2;
+    if (machine->launch->allocations[middle][1] <= address) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  if (low == machine->launch->allocations_count || machine->launch->allocations[low][0] > address) return;
+  look_at_alignment(reinterpret_cast<const void*>(address), bytes, write, now);
+  std::array<Access, 16>* line = nullptr;
+  for (u64 i = address; i < address + bytes && !machine->failed; i++) {
+    if (!line || i % 16 == 0) {
+      auto found = machine->written.find(i / 16);
+      line = found != machine->written.end() ? &found->second : write ? &machine->written[i / 16] : nullptr;
+      if (!line) {
+        i |= 15;
+        continue;
+      }
+    }
+    Access& then = (*line)[i % 16];
+    if (unordered(then, now)) report_race(then, true, now, write, "an allocation", i - machine->launch->allocations[low][0]);
+    if (write) then = now;
+  }
+}
+
+HOST_PLAIN __attribute__((noinline)) void access(const void* address, u64 bytes, bool write, const void* at, u32 line = 0) {
+  if (!machine || !self || machine->looking || machine->failed) return;
+  const u8* from = static_cast<const u8*>(address);
+  if (from >= self->stack && from < self->stack + STACK_BYTES) return;
+  Machine& m = *machine;
+  Access now{m.block_number, self->thread.x, m.barriers, m.warp_barriers[self->thread.x / WARP], at, line};
+  m.looking = true;
+  if (from >= m.shared && from < m.shared + m.launch->shared_bytes) {
+    u64 begin = static_cast<u64>(from - m.shared);
+    look_at_alignment(address, bytes, write, now);
+    for (u64 i = begin; i < begin + bytes && i < m.launch->shared_bytes && !m.failed; i++) look_at_shared(i, write, now);
+  } else {
+    look_at_global(reinterpret_cast<u64>(address), bytes, write, now);
+  }
+  m.looking = false;
+  if (m.failed) {
+    for (;;) leave_fiber();
+  }
+}
+
+#define HOST_ACCESS(bytes)                                                                                              \
+  extern "C" HOST_PLAIN void __tsan_read##bytes(void* at) { access(at, bytes, false, __builtin_return_address(0)); }    \
+  extern "C" HOST_PLAIN void __tsan_write##bytes(void* at) { access(at, bytes, true, __builtin_return_address(0)); }
+HOST_ACCESS(1)
+HOST_ACCESS(2)
+HOST_ACCESS(4)
+HOST_ACCESS(8)
+HOST_ACCESS(16)
+extern "C" HOST_PLAIN void __tsan_read_range(void* at, unsigned long bytes) {
+  access(at, bytes, false, __builtin_return_address(0));
+}
+extern "C" HOST_PLAIN void __tsan_write_range(void* at, unsigned long bytes) {
+  access(at, bytes, true, __builtin_return_address(0));
+}
+extern "C" HOST_PLAIN void __tsan_init() {}
+extern "C" HOST_PLAIN void __tsan_func_entry(void*) {}
+extern "C" HOST_PLAIN void __tsan_func_exit() {}
+extern "C" HOST_PLAIN void __tsan_vptr_update(void*, void*) {}
+#define HOST_LOOK(address, bytes, write, site) ::host::access(address, bytes, write, (site).file, (site).line)
+#else
+#define HOST_LOOK(address, bytes, write, site) ((void)0)
+#endif
+
 inline void fiber_entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine->scheduler_stack, &machine->scheduler_stack_bytes);
@@ -247,7 +427,7 @@ inline void fiber_entry() {
 }
 
 // Waits at a place in the source, and notices who comes to another one. True for the last.
-inline bool arrive(Meeting& meeting, u32 expected, const Site& site) {
+HOST_PLAIN inline bool arrive(Meeting& meeting, u32 expected, const Site& site) {
   if (meeting.arrived > 0 && !meeting.site.same(site)) {
     HOST_FAIL("is at %s (%s:%u) while others wait at %s (%s:%u)", site.what, site.file, site.line, meeting.site.what,
               meeting.site.file, meeting.site.line);
@@ -258,21 +438,28 @@ inline bool arrive(Meeting& meeting, u32 expected, const Site& site) {
   return ++meeting.arrived == expected;
 }
 
-inline void release(Meeting& meeting, u32 first, u32 count) {
+HOST_PLAIN inline void release(Meeting& meeting, u32 first, u32 count) {
   meeting.arrived = 0;
-  for (u32 i = first; i < first + count; i++) {
-    machine->fibers[i].waits = false;
-    machine->ready.push_back(&machine->fibers[i]);
+  // Warps from an arbitrary one on.
+  u32 turn = count > WARP ? machine->draw(count / WARP) * WARP : 0;
+  for (u32 i = 0; i < count; i++) {
+    u32 at = i + turn < count ? i + turn : i + turn - count;
+    Fiber& fiber = machine->fibers[first + at];
+    fiber.waits = false;
+    machine->ready[machine->ready_count++] = &fiber;
   }
 }
 
-inline void sync_block(const Site& site) {
-  if (arrive(machine->barrier, machine->threads.x, site)) release(machine->barrier, 0, machine->threads.x);
+HOST_PLAIN inline void sync_block(const Site& site) {
+  if (arrive(machine->barrier, machine->threads.x, site)) {
+    machine->barriers++;
+    release(machine->barrier, 0, machine->threads.x);
+  }
   leave_fiber();
 }
 
 // The last lane to arrive does the work for all: `combine` has what each lane brought, by its number.
-inline void sync_warp(const Site& site, u32 mask, void* payload = nullptr, void (*combine)(void* const (&lanes)[WARP]) = nullptr) {
+HOST_PLAIN inline void sync_warp(const Site& site, u32 mask, void* payload = nullptr, void (*combine)(void* const (&lanes)[WARP]) = nullptr) {
   if (mask != ALL_LANES) HOST_FAIL("%s (%s:%u) with mask %08x, which is not full", site.what, site.file, site.line, mask);
   u32 warp = self->thread.x / WARP;
   self->payload = payload;
@@ -312,12 +499,15 @@ inline void report_stuck() {
          first->site.what, first->site.file, first->site.line, more);
 }
 
-inline void run_block() {
+HOST_PLAIN inline void run_block() {
   Machine& m = *machine;
   memset(m.shared - FENCE_BYTES, 0xA5, FENCE_BYTES);
   memset(m.shared, 0xFF, m.launch->shared_bytes);
-  m.ready.clear();
+  m.ready_count = 0;
   m.barrier.arrived = 0;
+  m.block_number++;
+  m.barriers = 0;
+  memset(m.warp_barriers, 0, sizeof m.warp_barriers);
   m.warps.assign(m.threads.x / WARP, Meeting{});
   for (u32 i = 0; i < m.threads.x; i++) {
     Fiber& fiber = m.fibers[i];
@@ -325,15 +515,18 @@ inline void run_block() {
     fiber.ended = fiber.waits = false;
     fiber.copies.clear();
     fiber.groups.clear();
-    unmark(fiber.stack + STACK_BYTES - 4096, 4096);
-    start_context(fiber.context, fiber.stack, fiber_entry);
-    m.ready.push_back(&fiber);
+    u8* end = fiber.stack + STACK_BYTES - i % STACK_STEPS * STACK_STEP;
+    unmark(end - 4096, 4096);
+    start_context(fiber.context, fiber.stack, end, fiber_entry);
   }
-  while (!m.ready.empty() && !m.failed) {
-    u32 pick = m.draw(static_cast<u32>(m.ready.size()));
+  release(m.barrier, 0, m.threads.x);
+  // In most blocks one warp runs ahead of the others as far as it can, in the others threads are drawn from all warps.
+  u32 among = m.draw(4) ? WARP : ~0u;
+  while (m.ready_count > 0 && !m.failed) {
+    u32 last = m.ready_count - 1, pick = last - m.draw(last < among ? last + 1 : among);
     Fiber* fiber = m.ready[pick];
-    m.ready[pick] = m.ready.back();
-    m.ready.pop_back();
+    m.ready[pick] = m.ready[last];
+    m.ready_count = last;
     enter_fiber(fiber);
   }
   for (u32 i = 0; i < m.threads.x && !m.failed; i++) {
@@ -344,9 +537,11 @@ inline void run_block() {
   }
 }
 
+// Behind a pointer: a library loaded late has little room for what every thread has one of.
 inline Machine& machine_of_this_thread() {
-  static thread_local Machine mine{};
-  return mine;
+  static thread_local std::unique_ptr<Machine> mine;
+  if (!mine) mine = std::make_unique<Machine>();
+  return *mine;
 }
 
 inline void make_fibers(Machine& m, u32 count) {
@@ -381,7 +576,11 @@ int run(const char* kernel, u32 threads_max, const HostLaunch* launch, void (*bo
   m.params = params;
   m.grid = {launch->grid[0], launch->grid[1], 1};
   m.threads = {launch->threads, 1, 1};
-  m.failed = false;
+  m.failed = m.looking = false;
+  m.written.clear();
+#ifdef __SANITIZE_THREAD__
+  if (m.shared_cells.size() < launch->shared_bytes) m.shared_cells.resize(launch->shared_bytes);
+#endif
   m.random = (launch->seed + 1) * 0x9E3779B97F4A7C15ull | 1;
   make_fibers(m, launch->threads);
   // Exactly as large as asked for, so that the address sanitiser sees the byte behind it; the fence is for the one before it.
@@ -444,7 +643,11 @@ inline To bits_as(From from) {
 inline u8* shared_memory() { return ::host::machine->shared; }
 
 inline void __syncthreads(HOST_HERE) { ::host::sync_block({"__syncthreads", file, line}); }
-inline void __syncwarp(u32 mask = ALL_LANES, HOST_HERE) { ::host::sync_warp({"__syncwarp", file, line}, mask); }
+inline void __syncwarp(u32 mask = ALL_LANES, HOST_HERE) {
+  ::host::sync_warp({"__syncwarp", file, line}, mask, nullptr, [](void* const (&)[WARP]) {
+    ::host::machine->warp_barriers[::host::self->thread.x / WARP]++;
+  });
+}
 [[noreturn]] inline void __trap(HOST_HERE) { HOST_FAIL("__trap (%s:%u)", file, line); }
 
 namespace host {
@@ -598,7 +801,7 @@ inline u16 half_of(u32 word, u32 which) { return static_cast<u16>(word >> 16 * w
 //   b[0]: k 2t, column g    b[1]: k 2t + 8, column g
 //   d[0], d[1]: row g, columns 2t and 2t + 1    d[2], d[3]: row g + 8
 template <typename T>
-void mma(void* const (&lanes)[WARP]) {
+HOST_PLAIN void mma(void* const (&lanes)[WARP]) {
   float a[16][16], b[16][8];
   for (u32 lane = 0; lane < WARP; lane++) {
     const Mma& mine = *static_cast<Mma*>(lanes[lane]);
@@ -617,18 +820,19 @@ void mma(void* const (&lanes)[WARP]) {
   }
 }
 
+// A lane brings what its row holds when it arrives: what another lane writes later, without a barrier between, is not in it.
 struct Matrices {
   u32* to;
-  const u8* row;
+  u16 row[8];
 };
 template <bool trans>
-void load_matrices(void* const (&lanes)[WARP]) {
+HOST_PLAIN void load_matrices(void* const (&lanes)[WARP]) {
   for (u32 lane = 0; lane < WARP; lane++) {
     for (u32 matrix = 0; matrix < 4; matrix++) {
       u16 pair[2];
       for (u32 i = 0; i < 2; i++) {
         u32 row = trans ? lane % 4 * 2 + i : lane / 4, column = trans ? lane / 4 : lane % 4 * 2 + i;
-        memcpy(&pair[i], static_cast<Matrices*>(lanes[matrix * 8 + row])->row + column * 2, 2);
+        pair[i] = static_cast<Matrices*>(lanes[matrix * 8 + row])->row[column];
       }
       static_cast<Matrices*>(lanes[lane])->to[matrix] = static_cast<u32>(pair[1]) << 16 | pair[0];
     }
@@ -638,7 +842,9 @@ template <bool trans>
 void ldmatrix(const Site& site, u32 (&r)[4], const void* row) {
   if (!in_shared(row, 16)) HOST_FAIL("%s (%s:%u) of a row that is not in shared memory", site.what, site.file, site.line);
   if (reinterpret_cast<u64>(row) % 16) HOST_FAIL("%s (%s:%u) of a row that is not aligned to 16 bytes", site.what, site.file, site.line);
-  Matrices mine{r, static_cast<const u8*>(row)};
+  HOST_LOOK(row, 16, false, site);
+  Matrices mine{r, {}};
+  memcpy(mine.row, row, sizeof mine.row);
   sync_warp(site, ALL_LANES, &mine, load_matrices<trans>);
 }
 
@@ -656,16 +862,19 @@ inline void ldmatrix_x4_trans(u32 (&r)[4], const void* row, HOST_HERE) {
 
 // Undefined until its group's async_wait, so poisoned until then; read at once too, so that a bad address shows where it comes from.
 inline void async_copy_16(void* shared, const void* global, u32 bytes = 16, HOST_HERE) {
+  ::host::Site site{"async_copy_16", file, line};
   if (bytes > 16) HOST_FAIL("async_copy_16 (%s:%u) of %u bytes", file, line, bytes);
   if (!::host::in_shared(shared, 16)) HOST_FAIL("async_copy_16 (%s:%u) to what is not shared memory", file, line);
   if (::host::in_shared(global, 1)) HOST_FAIL("async_copy_16 (%s:%u) from shared memory", file, line);
   if (reinterpret_cast<u64>(shared) % 16 || reinterpret_cast<u64>(global) % 16) {
     HOST_FAIL("async_copy_16 (%s:%u) of addresses that are not aligned to 16 bytes", file, line);
   }
+  HOST_LOOK(shared, 16, true, site);
+  HOST_LOOK(global, bytes, false, site);
   u8 there[16];
   memcpy(there, global, bytes);
   memset(shared, 0xFF, 16);
-  ::host::self->copies.push_back({static_cast<u8*>(shared), static_cast<const u8*>(global), bytes});
+  ::host::self->copies.push_back({static_cast<u8*>(shared), static_cast<const u8*>(global), bytes, site});
 }
 inline void async_commit() { ::host::self->groups.push_back(::host::self->copies.size()); }
 template <int pending>
@@ -675,6 +884,7 @@ inline void async_wait() {
     size_t groups = me.groups.size() - static_cast<size_t>(pending), copies = me.groups[groups - 1];
     for (size_t i = 0; i < copies; i++) {
       const ::host::Copy& copy = me.copies[i];
+      HOST_LOOK(copy.to, 16, true, copy.site);
       memset(copy.to, 0, 16);
       memcpy(copy.to, copy.from, copy.bytes);
     }
@@ -683,6 +893,6 @@ inline void async_wait() {
     for (size_t& end : me.groups) end -= copies;
   }
   // Only this thread's copies are there now: let the others look before a barrier.
-  ::host::machine->ready.push_back(&me);
+  ::host::machine->ready[::host::machine->ready_count++] = &me;
   ::host::leave_fiber();
 }

@@ -1,14 +1,15 @@
 //! A CUDA device on the host, for tests where there is no GPU.
 //!
-//! The kernels' own sources, compiled by g++ against `include/host.hpp`, run when they are enqueued. What a GPU leaves undefined
-//! is made to show: fresh memory is full of NaN, allocations are exactly as large as asked for (so that the address sanitiser
-//! sees what goes beyond), threads and blocks run in shuffled orders (see `host.hpp`).
+//! The kernels' own sources, compiled by g++ against `include/host.hpp`, run when they are enqueued on [`Stream::Compute`]. What a
+//! GPU leaves undefined is made to show: fresh memory is full of NaN, allocations are exactly as large as asked for (so that the
+//! address sanitiser sees what goes beyond), threads and blocks run in shuffled orders (see `host.hpp`), and what is enqueued on
+//! [`Stream::Copy`] happens as late as it may: when something waits for it.
 //!
 //! Each file of kernels becomes one shared library in a folder beside the running program, named by a hash of everything that
-//! went into it, so that the processes of a test run build it once. With `OPENLORA_SANITISED` set, it is built with the address
-//! and undefined-behaviour sanitisers; the process must then have been started with their runtime preloaded.
+//! went into it, so that the processes of a test run build it once. What it is built to notice, the environment variable
+//! `OPENLORA_SANITISED` says: see [`SANITISED`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -24,7 +25,9 @@ use super::device::{Address, Device, Element, Gemm, Launch, Properties, Stream};
 use super::sources::{HEADERS, KERNELS, Source};
 use crate::KernelError;
 
-/// The environment variable that asks for the sanitisers.
+/// The environment variable that says what kernels are built to notice: `memory` (accesses out of bounds, shifts too far;
+/// the process must have been started with the address sanitiser's runtime preloaded) or `races` (accesses of different threads
+/// with no barrier between, addresses that are not aligned). Without it, neither: fastest.
 pub const SANITISED: &str = "OPENLORA_SANITISED";
 
 const HOST_HEADER: Source = Source { name: "host.hpp", text: include_str!("../../include/host.hpp") };
@@ -35,7 +38,6 @@ const FLAGS: &[&str] = &[
     "-O1",
     "-g",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-ftls-model=initial-exec",
     // As NVRTC is, of numbers read as others.
@@ -47,8 +49,14 @@ const FLAGS: &[&str] = &[
     "-Wno-unused-function",
     "-DOPENLORA_HOST",
 ];
-const SANITISER_FLAGS: &[&str] =
-    &["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"];
+/// Checks are calls, not code in place, which takes the compiler three times as long; whether addresses are aligned, what notices
+/// races looks at.
+const MEMORY_FLAGS: &[&str] = &[
+    "-fsanitize=address,bounds,shift,integer-divide-by-zero",
+    "-fno-sanitize-recover=all",
+    "--param=asan-instrumentation-with-call-threshold=0",
+];
+const RACES_FLAGS: &[&str] = &["-fsanitize=thread"];
 
 /// An H200's.
 const SHARED_BYTES_MAX: u32 = 227 << 10;
@@ -74,6 +82,10 @@ struct State {
     /// Launches so far: each runs its threads in another order.
     launches: u64,
     capture: Option<Capture>,
+    /// On the stream of copies, and not done yet.
+    late: VecDeque<Work>,
+    /// How much has been done there.
+    late_done: u64,
 }
 
 #[derive(Debug)]
@@ -87,6 +99,14 @@ enum Work {
     Launch { kernel: String, grid: [u32; 2], threads: u32, shared_bytes: u32, params: Vec<u8> },
     Gemm(Gemm),
     Zero { at: Address, bytes: usize },
+    Write { to: Address, bytes: Vec<u8> },
+}
+
+/// A point in a stream: so much had been enqueued on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Event {
+    stream: Stream,
+    enqueued: u64,
 }
 
 /// What was recorded.
@@ -135,14 +155,48 @@ impl Emulated {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds to what is being recorded; hands the work back when nothing is.
-    fn recorded(&self, stream: Stream, work: Work) -> Option<Work> {
-        match &mut self.state().capture {
-            Some(capture) if stream == Stream::Compute && capture.thread == thread::current().id() => {
-                capture.work.push(work);
-                None
+    /// Runs the work, or keeps it: for the recording that is under way, or until something waits for the stream of copies.
+    ///
+    /// # Safety
+    /// As for what is run.
+    unsafe fn enqueue(&self, stream: Stream, work: Work) -> Result<(), KernelError> {
+        let mut state = self.state();
+        match (&mut state.capture, stream) {
+            (_, Stream::Copy) => state.late.push_back(work),
+            (Some(capture), Stream::Compute) if capture.thread == thread::current().id() => capture.work.push(work),
+            (_, Stream::Compute) => {
+                drop(state);
+                // SAFETY: the caller's promise.
+                unsafe { self.run(&work)? };
             }
-            _ => Some(work),
+        }
+        Ok(())
+    }
+
+    /// Does what was enqueued on the stream of copies, up to a point.
+    fn catch_up(&self, enqueued: u64) -> Result<(), KernelError> {
+        loop {
+            let work = {
+                let mut state = self.state();
+                if state.late_done >= enqueued {
+                    return Ok(());
+                }
+                state.late_done += 1;
+                state.late.pop_front()
+            };
+            let Some(work) = work else { return Ok(()) };
+            // SAFETY: whoever enqueued it promised that what it needs lives until it is done, and memory is given back only
+            // after a call of this.
+            unsafe { self.run(&work)? };
+        }
+    }
+
+    fn refuse_in_capture(&self, what: &str) -> Result<(), KernelError> {
+        match &self.state().capture {
+            Some(capture) if capture.thread == thread::current().id() => {
+                Err(failure(what, "refused while launches are recorded".into()))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -184,6 +238,8 @@ impl Emulated {
         // Held until the kernel has run: the device runs one at a time.
         let mut state = self.state();
         state.launches += 1;
+        let allocations: Vec<[u64; 2]> =
+            state.allocations.iter().map(|(start, bytes)| [*start, start + *bytes as u64]).collect();
         let mut message = [0_u8; 1024];
         let call = HostLaunch {
             params: params.as_ptr().cast(),
@@ -194,6 +250,8 @@ impl Emulated {
             seed: state.launches,
             message: message.as_mut_ptr().cast(),
             message_bytes: message.len() as u64,
+            allocations: allocations.as_ptr(),
+            allocations_count: allocations.len() as u64,
         };
         // SAFETY: the entry is of a library compiled against the same struct; it checks the size of the argument, and the caller
         // answers for the addresses in it.
@@ -245,6 +303,13 @@ impl Emulated {
             }
             // SAFETY: the caller's promise.
             Work::Gemm(gemm) => unsafe { self.run_gemm(gemm) },
+            Work::Write { to, bytes } => {
+                let state = self.state();
+                state.inside("write", *to, bytes.len())?;
+                // SAFETY: inside an allocation of the table, just checked; the bytes are no device memory.
+                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
+                Ok(())
+            }
             Work::Zero { at, bytes } => {
                 let state = self.state();
                 state.inside("zero", *at, *bytes)?;
@@ -268,7 +333,7 @@ impl State {
 
 impl Device for Emulated {
     type Graph = Graph;
-    type Event = ();
+    type Event = Event;
 
     fn properties(&self) -> &Properties {
         &self.properties
@@ -301,6 +366,8 @@ impl Device for Emulated {
     }
 
     fn free(&self, address: Address, bytes: usize) {
+        // What fails now has been asked for by others, who hear of nothing: as on a GPU.
+        let _ = self.catch_up(u64::MAX);
         let mut state = self.state();
         let found = state.allocations.remove(&address.0);
         assert_eq!(found, Some(bytes), "free of {bytes} bytes at {:#x}", address.0);
@@ -311,43 +378,37 @@ impl Device for Emulated {
 
     unsafe fn write(&self, stream: Stream, to: Address, bytes: &[u8]) -> Result<(), KernelError> {
         self.check("write", stream, to, bytes.len())?;
-        // SAFETY: inside an allocation, just checked; the caller's slice is no device memory.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
-        Ok(())
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, Work::Write { to, bytes: bytes.to_vec() }) }
     }
 
     unsafe fn read(&self, stream: Stream, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.check("read", stream, from, bytes.len())?;
+        if stream == Stream::Copy {
+            self.catch_up(u64::MAX)?;
+        }
         // SAFETY: inside an allocation, just checked; the caller's slice is no device memory.
         unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
     unsafe fn zero(&self, stream: Stream, at: Address, bytes: usize) -> Result<(), KernelError> {
-        match self.recorded(stream, Work::Zero { at, bytes }) {
-            // SAFETY: the caller's promise.
-            Some(work) => unsafe { self.run(&work) },
-            None => Ok(()),
-        }
+        self.state().inside("zero", at, bytes)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, Work::Zero { at, bytes }) }
     }
 
     unsafe fn launch(&self, stream: Stream, launch: &Launch<'_>) -> Result<(), KernelError> {
         let Launch { kernel, grid, threads, shared_bytes, params } = *launch;
         self.entry(kernel)?;
         let work = Work::Launch { kernel: kernel.into(), grid, threads, shared_bytes, params: params.to_vec() };
-        match self.recorded(stream, work) {
-            // SAFETY: the caller's promise.
-            Some(work) => unsafe { self.run(&work) },
-            None => Ok(()),
-        }
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, work) }
     }
 
     unsafe fn gemm(&self, stream: Stream, gemm: &Gemm) -> Result<(), KernelError> {
-        match self.recorded(stream, Work::Gemm(*gemm)) {
-            // SAFETY: the caller's promise.
-            Some(work) => unsafe { self.run(&work) },
-            None => Ok(()),
-        }
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(stream, Work::Gemm(*gemm)) }
     }
 
     fn capture(&self, record: &mut dyn FnMut() -> Result<(), KernelError>) -> Result<Graph, KernelError> {
@@ -373,26 +434,29 @@ impl Device for Emulated {
     }
 
     unsafe fn replay(&self, graph: &Graph) -> Result<(), KernelError> {
-        if self.state().capture.is_some() {
-            return Err(failure("replay", "refused while launches are recorded".into()));
-        }
+        self.refuse_in_capture("replay")?;
         // SAFETY: the caller's promise.
         graph.0.iter().try_for_each(|work| unsafe { self.run(work) })
     }
 
-    fn record(&self, _stream: Stream) -> Result<(), KernelError> {
-        Ok(())
+    fn record(&self, stream: Stream) -> Result<Event, KernelError> {
+        self.refuse_in_capture("record")?;
+        let state = self.state();
+        Ok(Event { stream, enqueued: state.late_done + state.late.len() as u64 })
     }
 
-    fn wait(&self, _stream: Stream, _event: &()) -> Result<(), KernelError> {
-        Ok(())
+    fn wait(&self, stream: Stream, event: &Event) -> Result<(), KernelError> {
+        self.refuse_in_capture("wait")?;
+        match (stream, event.stream) {
+            (Stream::Compute, Stream::Copy) => self.catch_up(event.enqueued),
+            // What is on the other stream has been done, and what is on the same is in order.
+            _ => Ok(()),
+        }
     }
 
     fn synchronise(&self) -> Result<(), KernelError> {
-        match self.state().capture {
-            Some(_) => Err(failure("synchronise", "refused while launches are recorded".into())),
-            None => Ok(()),
-        }
+        self.refuse_in_capture("synchronise")?;
+        self.catch_up(u64::MAX)
     }
 }
 
@@ -445,6 +509,8 @@ struct HostLaunch {
     seed: u64,
     message: *mut c_char,
     message_bytes: u64,
+    allocations: *const [u64; 2],
+    allocations_count: u64,
 }
 
 type Entry = unsafe extern "C" fn(*const HostLaunch) -> c_int;
@@ -495,17 +561,22 @@ impl Library {
 struct Build<'a> {
     source: &'a Source,
     flags: Vec<&'static str>,
+    link_flags: &'static [&'static str],
     folder: PathBuf,
     library: PathBuf,
 }
 
 impl<'a> Build<'a> {
     fn of(source: &'a Source) -> Result<Self, KernelError> {
-        let sanitised = std::env::var_os(SANITISED).is_some();
-        let mut flags = FLAGS.to_vec();
-        if sanitised {
-            flags.extend(SANITISER_FLAGS);
-        }
+        let kind = std::env::var(SANITISED).unwrap_or_else(|_| "nothing".into());
+        // What notices races brings its own functions instead of a sanitiser's library.
+        let (more, link_flags): (&[&str], &[&str]) = match kind.as_str() {
+            "nothing" => (&[], &[]),
+            "memory" => (MEMORY_FLAGS, MEMORY_FLAGS),
+            "races" => (RACES_FLAGS, &[]),
+            _ => return Err(failure(SANITISED, format!("{kind}; memory or races"))),
+        };
+        let flags = [FLAGS, more].concat();
         let mut hasher = DefaultHasher::new();
         for file in HEADERS.iter().chain([&HOST_HEADER, source]) {
             (file.name, file.text).hash(&mut hasher);
@@ -514,9 +585,8 @@ impl<'a> Build<'a> {
         let program = std::env::current_exe().map_err(|error| failure("the running program", error.to_string()))?;
         // In the build folder, which is the caller's own and goes with it.
         let folder = program.with_file_name("emulated-kernels");
-        let kind = if sanitised { "sanitised" } else { "plain" };
         let library = folder.join(format!("{}.{kind}.{:016x}.so", source.name, hasher.finish()));
-        Ok(Self { source, flags, folder, library })
+        Ok(Self { source, flags, link_flags, folder, library })
     }
 
     /// Builds the library unless it is there. Another process that builds it is waited for.
@@ -545,19 +615,25 @@ impl<'a> Build<'a> {
         for file in written {
             fs::write(work.join(file.name), file.text)?;
         }
-        // Its messages and those of the sanitisers name files as they are in this package.
-        let compiled = Command::new("g++")
-            .args(&self.flags)
-            .args([self.source.name, "-o", "kernels.so"])
-            .current_dir(&work)
-            .env_remove("LD_PRELOAD")
-            .env_remove("ASAN_OPTIONS")
-            .output()?;
-        let messages = String::from_utf8_lossy(&compiled.stderr);
-        if !compiled.status.success() {
-            return Err(std::io::Error::other(format!("g++ refuses it\n{messages}")));
-        }
-        eprint!("{messages}");
+        // Its messages and those of the sanitisers name the files as they are named here.
+        let compiler = |flags: &[&str], files: &[&str]| -> std::io::Result<()> {
+            let ran = Command::new("g++")
+                .args(flags)
+                .args(files)
+                .current_dir(&work)
+                .env_remove("LD_PRELOAD")
+                .env_remove("ASAN_OPTIONS")
+                .output()
+                .map_err(|error| std::io::Error::other(format!("g++: {error}; run scripts/prerequisites.sh")))?;
+            let messages = String::from_utf8_lossy(&ran.stderr);
+            if !ran.status.success() {
+                return Err(std::io::Error::other(format!("g++ refuses it\n{messages}")));
+            }
+            eprint!("{messages}");
+            Ok(())
+        };
+        compiler(&self.flags, &["-c", self.source.name, "-o", "kernels.o"])?;
+        compiler(self.link_flags, &["-shared", "kernels.o", "-o", "kernels.so"])?;
         fs::rename(work.join("kernels.so"), &self.library)?;
         fs::remove_dir_all(&work)
     }

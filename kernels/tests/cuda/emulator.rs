@@ -11,7 +11,7 @@ use openlora_kernels::cuda::sources::Source;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::support::{emulated, emulated_with, sanitised, sanitised_fails};
+use crate::support::{MEMORY, emulated, emulated_with, notices_races, sanitised, sanitised_fails};
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -66,9 +66,52 @@ fn a_missing_barrier_shows_as_poison() {
         let device = probe();
         let out = Memory::new(&device, 128 * 4).expect("memory");
         let params = numbers(&out, &out, 0);
-        launch(&device, &Launch::new("probe_barrier", [1, 1], 128, &params).shared(512)).expect("launch");
+        let launched = launch(&device, &Launch::new("probe_barrier", [1, 1], 128, &params).shared(512));
+        if notices_races() {
+            let message = launched.expect_err("a race").to_string();
+            assert!(message.contains("a race for byte"), "{message}");
+            return;
+        }
+        launched.expect("launch");
         let seen = out.read::<u32>(0, 128).expect("read");
         assert!(seen.contains(&u32::MAX), "no thread ran before the one it needs");
+    });
+}
+
+#[test]
+fn races_are_errors() {
+    sanitised(|| {
+        if !notices_races() {
+            return;
+        }
+        let device = probe();
+        for (which, expected) in [
+            (0, None),
+            (1, Some(("of shared memory", "with no barrier between"))),
+            (2, Some(("of shared memory", "emulator_probe.cu:"))),
+            (3, Some(("for byte 0 of shared memory", "emulator_probe.cu:"))),
+            (4, Some(("of an allocation: writes", "of another block wrote"))),
+            (5, Some(("of an allocation: ", "of another block "))),
+            (6, Some(("of shared memory", "emulator_probe.cu:"))),
+            (7, Some(("of shared memory", "emulator_probe.cu:"))),
+            (8, None),
+        ] {
+            let input = Memory::holding(&device, &[1_u32; 128]).expect("memory");
+            let output = Memory::new(&device, 512).expect("memory");
+            let params = numbers(&input, &output, which);
+            // Blocks beyond the first write the same numbers: one block where that is no matter.
+            let grid = [if [0, 1, 2, 3, 6, 7].contains(&which) { 1 } else { 2 }, 1];
+            let launches = (0..8).map(|_| launch(&device, &Launch::new("probe_races", grid, 64, &params).shared(1024)));
+            let errors: Vec<String> = launches.filter_map(Result::err).map(|error| error.to_string()).collect();
+            match expected {
+                None => assert!(errors.is_empty(), "{which}: {errors:?}"),
+                // Not in every order where only writes are remembered.
+                Some((what, other)) => {
+                    assert!(errors.len() >= if which == 5 { 1 } else { 8 }, "{which}: {errors:?}");
+                    assert!(errors.iter().all(|e| e.contains(what) && e.contains(other)), "{which}: {errors:?}");
+                }
+            }
+        }
     });
 }
 
@@ -157,6 +200,31 @@ fn a_forgotten_wait_gives_poison() {
 }
 
 #[test]
+fn ldmatrix_has_what_was_written_before_a_barrier_only() {
+    sanitised(|| {
+        let device = probe();
+        for synced in [true, false] {
+            let out = Memory::new(&device, 512).expect("memory");
+            let params = numbers(&out, &out, u32::from(synced));
+            let launched = launch(&device, &Launch::new("probe_rows", [1, 1], 32, &params).shared(512));
+            if notices_races() {
+                assert_eq!(launched.is_ok(), synced, "{launched:?}");
+                continue;
+            }
+            launched.expect("launch");
+            let found = out.read::<u32>(0, 128).expect("read");
+            // Lane l of matrix m has word l % 4 of the row that lane 8 m + l / 4 names.
+            let expected: Vec<u32> = (0..128).map(|i| (31 - (i / 32 * 8 + i % 32 / 4)) * 4 + i % 4).collect();
+            if synced {
+                assert_eq!(found, expected);
+            } else {
+                assert!(found.contains(&u32::MAX), "every lane found its row complete: {found:?}");
+            }
+        }
+    });
+}
+
+#[test]
 fn a_wait_leaves_the_last_groups_pending() {
     sanitised(|| {
         let device = probe();
@@ -223,22 +291,25 @@ fn shared_memory_and_allocations_hold_nan_at_first() {
 
 #[test]
 fn a_store_behind_shared_memory_ends_the_process() {
-    sanitised_fails("heap-buffer-overflow", || {
+    sanitised_fails(MEMORY, "heap-buffer-overflow", || {
         wrong(11);
     });
 }
 
 #[test]
 fn a_store_behind_an_allocation_ends_the_process() {
-    sanitised_fails("heap-buffer-overflow", || {
+    sanitised_fails(MEMORY, "heap-buffer-overflow", || {
         wrong(12);
     });
 }
 
 #[test]
-fn a_load_from_an_odd_address_ends_the_process() {
-    sanitised_fails("misaligned address", || {
-        wrong(13);
+fn a_load_from_an_odd_address_is_an_error() {
+    sanitised(|| {
+        if notices_races() {
+            let message = wrong(13);
+            assert!(message.contains("reads 4 bytes at emulator_probe.cu:"), "{message}");
+        }
     });
 }
 
@@ -406,5 +477,41 @@ fn the_products_kernels_are_all_loaded() {
         assert!(matches!(Memory::new(&device, free + 1), Err(KernelError::OutOfMemory { .. })));
         drop(memory);
         assert_eq!(device.memory_free().expect("memory"), free + 64);
+    });
+}
+
+#[test]
+fn copies_are_late_unless_something_waits_for_them() {
+    sanitised(|| {
+        let device = probe();
+        let memory = Memory::holding(&device, &[0_u32; 4]).expect("memory");
+        let seen = || memory.read::<u32>(0, 4).expect("read");
+        let copy = |at: usize, value: u32| {
+            // SAFETY: within the allocation.
+            unsafe { device.write(Stream::Copy, memory.address().plus(at * 4), bytemuck::bytes_of(&value)) }
+                .expect("write");
+        };
+        copy(0, 1);
+        copy(1, 2);
+        let event = device.record(Stream::Copy).expect("record");
+        copy(2, 3);
+        assert_eq!(seen(), [0; 4], "nothing has waited");
+        let other = device.record(Stream::Compute).expect("record");
+        device.wait(Stream::Copy, &other).expect("wait");
+        assert_eq!(seen(), [0; 4], "the other way round");
+        device.wait(Stream::Compute, &event).expect("wait");
+        assert_eq!(seen(), [1, 2, 0, 0], "up to the event");
+        device.wait(Stream::Compute, &event).expect("wait");
+        assert_eq!(seen(), [1, 2, 0, 0], "it has been passed");
+        device.synchronise().expect("synchronise");
+        assert_eq!(seen(), [1, 2, 3, 0]);
+        copy(3, 4);
+        // SAFETY: within the allocation.
+        unsafe { device.read(Stream::Copy, memory.address(), &mut [0; 4]) }.expect("read");
+        assert_eq!(seen(), [1, 2, 3, 4], "a read of that stream waits for it");
+        copy(3, 5);
+        let late = device.record(Stream::Copy).expect("record");
+        device.wait(Stream::Compute, &late).expect("wait");
+        assert_eq!(seen(), [1, 2, 3, 5]);
     });
 }

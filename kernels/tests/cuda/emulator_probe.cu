@@ -73,6 +73,17 @@ KERNEL(probe_mma_bf16, Product, 32) { product<bf16>(p, true); }
 KERNEL(probe_mma_f16, Product, 32) { product<f16>(p, true); }
 KERNEL(probe_forgotten_wait, Product, 32) { product<bf16>(p, false); }
 
+// Every lane writes a row of 16 bytes that another lane names to ldmatrix; without count, nothing is between the two.
+KERNEL(probe_rows, Numbers, 32) {
+  u32* shared = reinterpret_cast<u32*>(shared_memory());
+  u32 lane = threadIdx.x;
+  for (u32 i = 0; i < 4; i++) shared[lane * 4 + i] = lane * 4 + i;
+  if (p.count) __syncwarp();
+  u32 r[4];
+  ldmatrix_x4(r, shared + (31 - lane) * 4);
+  for (u32 i = 0; i < 4; i++) p.out[i * 32 + lane] = r[i];
+}
+
 // Three groups, of which the wait leaves the last `pending`; what is there of each.
 KERNEL(probe_groups, Numbers, 32) {
   u32* shared = reinterpret_cast<u32*>(shared_memory());
@@ -85,6 +96,61 @@ KERNEL(probe_groups, Numbers, 32) {
     if (p.count == 1) async_wait<1>();
     if (p.count == 2) async_wait<2>();
     for (u32 i = 0; i < 12; i++) p.out[i] = shared[i];
+  }
+}
+
+// Races, and what is none; count says which.
+KERNEL(probe_races, Numbers, 64) {
+  u32 i = threadIdx.x, lane = i % WARP;
+  u32* shared = reinterpret_cast<u32*>(shared_memory());
+  switch (p.count) {
+    case 0:  // a warp's own numbers, then the block's, with the barriers that they need; read by many, written again
+      shared[i] = i;
+      __syncwarp();
+      p.out[i] = shared[i ^ 1];
+      __syncthreads();
+      p.out[i] += shared[i ^ 33];
+      __syncthreads();
+      shared[i ^ 33] = lane;
+      break;
+    case 1:  // a shuffle is no barrier
+      shared[i] = i;
+      p.out[i] = __shfl_sync(ALL_LANES, i, 0);
+      p.out[i] = shared[i ^ 1];
+      break;
+    case 2:  // a warp's barrier is none for another warp
+      shared[i] = i;
+      __syncwarp();
+      p.out[i] = shared[i ^ 32];
+      break;
+    case 3:  // read by all, then written with nothing between
+      if (i == 0) shared[0] = 1;
+      __syncthreads();
+      p.out[i] = shared[0];
+      if (i == 40) shared[0] = 2;
+      break;
+    case 4:  // both blocks write the same numbers
+      p.out[i] = i;
+      break;
+    case 5:  // a block reads what another one writes
+      if (blockIdx.x == 0) p.out[i] = i;
+      if (blockIdx.x == 1) p.out[64 + i] = p.out[63 - i];
+      break;
+    case 6:  // a copy over what others still read
+      shared[i * 4] = i;
+      __syncthreads();
+      p.out[i] = shared[(i ^ 35) * 4];
+      async_copy_16(shared + i * 4, p.in);
+      break;
+    case 7:  // a thread waits for its own copies only
+      async_copy_16(shared + i * 4, p.in);
+      async_commit();
+      async_wait<0>();
+      p.out[i] = shared[(i ^ 1) * 4];
+      break;
+    case 8:  // each block its own numbers, in bytes that are neighbours
+      reinterpret_cast<u8*>(p.out)[blockIdx.x + i * 2] = static_cast<u8>(i);
+      break;
   }
 }
 
