@@ -18,6 +18,13 @@
 // beyond it return. What a row's bits depend on is the row and the width: the threads that share a row are chosen by width alone.
 #include "platform.cuh"
 
+// Turing has no bf16 and no kernels for it.
+#if defined(OPENLORA_HOST) || __CUDA_ARCH__ >= 800
+#define BF16_KERNELS 1
+#else
+#define BF16_KERNELS 0
+#endif
+
 constexpr u32 NORM_THREADS = 512;
 // Packs of a row that a thread of add_rms_norm keeps in registers; what a wider row has more is read again.
 constexpr u32 NORM_PACKS = 4;
@@ -72,9 +79,13 @@ DEVICE void embed(const EmbedParams& p) {
 }
 
 KERNEL(embed_f32, EmbedParams, ROW_THREADS) { embed<float, float>(p); }
+#if BF16_KERNELS
 KERNEL(embed_bf16, EmbedParams, ROW_THREADS) { embed<bf16, float>(p); }
+#endif
 KERNEL(embed_f16, EmbedParams, ROW_THREADS) { embed<f16, float>(p); }
+#if BF16_KERNELS
 KERNEL(embed_narrow_bf16, EmbedParams, ROW_THREADS) { embed<bf16, bf16>(p); }
+#endif
 KERNEL(embed_narrow_f16, EmbedParams, ROW_THREADS) { embed<f16, f16>(p); }
 
 struct NormParams {
@@ -165,7 +176,9 @@ DEVICE void add_rms_norm(const NormParams& p) {
 }
 
 KERNEL(add_rms_norm_f32, NormParams, NORM_THREADS) { add_rms_norm<float>(p); }
+#if BF16_KERNELS
 KERNEL(add_rms_norm_bf16, NormParams, NORM_THREADS) { add_rms_norm<bf16>(p); }
+#endif
 KERNEL(add_rms_norm_f16, NormParams, NORM_THREADS) { add_rms_norm<f16>(p); }
 
 struct SwigluParams {
@@ -209,7 +222,9 @@ DEVICE void swiglu(const SwigluParams& p) {
 }
 
 KERNEL(swiglu_f32, SwigluParams, ROW_THREADS) { swiglu<float>(p); }
+#if BF16_KERNELS
 KERNEL(swiglu_bf16, SwigluParams, ROW_THREADS) { swiglu<bf16>(p); }
+#endif
 KERNEL(swiglu_f16, SwigluParams, ROW_THREADS) { swiglu<f16>(p); }
 
 struct BiasParams {
@@ -249,7 +264,9 @@ DEVICE void add_bias(const BiasParams& p) {
 }
 
 KERNEL(add_bias_f32, BiasParams, ROW_THREADS) { add_bias<float>(p); }
+#if BF16_KERNELS
 KERNEL(add_bias_bf16, BiasParams, ROW_THREADS) { add_bias<bf16>(p); }
+#endif
 KERNEL(add_bias_f16, BiasParams, ROW_THREADS) { add_bias<f16>(p); }
 
 struct GatherParams {
