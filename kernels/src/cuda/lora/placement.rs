@@ -224,7 +224,7 @@ mod tests {
         let page = 24 * 2 * 2 * 16 * 64 * 2;
         let bytes = |rank: usize| (rank * (151_936 + 896) * 2).div_ceil(page);
         assert_eq!([1, 8, 12, 64].map(bytes), [2, 13, 19, 100]);
-        assert_eq!([1, 8, 12, 64].map(|rank| needed((rank, 151_936, 896), page)), [2, 13, 19, 102]);
+        assert_eq!([1, 8, 12, 64].map(|rank| needed((rank, 151_936, 896), page)), [2, 13, 20, 101]);
         assert_eq!(pages_needed(&AdapterSizes::default(), page, 2), 0);
     }
 
