@@ -95,12 +95,13 @@ fn races_are_errors() {
             (6, Some(("of shared memory", "emulator_probe.cu:"))),
             (7, Some(("of shared memory", "emulator_probe.cu:"))),
             (8, None),
+            (9, Some(("of shared memory: writes", " read at emulator_probe.cu:"))),
         ] {
             let input = Memory::holding(&device, &[1_u32; 128]).expect("memory");
             let output = Memory::new(&device, 512).expect("memory");
             let params = numbers(&input, &output, which);
             // Blocks beyond the first write the same numbers: one block where that is no matter.
-            let grid = [if [0, 1, 2, 3, 6, 7].contains(&which) { 1 } else { 2 }, 1];
+            let grid = [if [0, 1, 2, 3, 6, 7, 9].contains(&which) { 1 } else { 2 }, 1];
             let launches = (0..8).map(|_| launch(&device, &Launch::new("probe_races", grid, 64, &params).shared(1024)));
             let errors: Vec<String> = launches.filter_map(Result::err).map(|error| error.to_string()).collect();
             match expected {

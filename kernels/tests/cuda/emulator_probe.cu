@@ -148,6 +148,12 @@ KERNEL(probe_races, Numbers, 64) {
       async_wait<0>();
       p.out[i] = shared[(i ^ 1) * 4];
       break;
+    case 9:  // read by a warp, then written by one of its lanes with a vote between, which is no barrier
+      if (lane == 0) shared[i] = 1;
+      __syncwarp();
+      p.out[i] = shared[i - lane];
+      if (__any_sync(ALL_LANES, lane == 3) && lane == 0) shared[i] = 2;
+      break;
     case 8:  // each block its own numbers, in bytes that are neighbours
       reinterpret_cast<u8*>(p.out)[blockIdx.x + i * 2] = static_cast<u8>(i);
       break;
