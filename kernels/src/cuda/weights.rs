@@ -57,7 +57,7 @@ impl<D: Device> CudaLinear<D> {
         let mut weights = Memory::new(device, outputs * inputs * element.bytes())?;
         let mut offset = 0;
         for part in &spec.parts {
-            write_rows(&mut weights, element, offset, part)?;
+            write_rows(&mut weights, element, offset, part, true)?;
             offset += part.rows * inputs * element.bytes();
         }
         let bias = spec.bias.as_ref().map(|bias| Memory::holding(device, bias)).transpose()?;
@@ -79,24 +79,26 @@ pub struct CudaEmbedding<D: Device> {
 }
 
 impl<D: Device> CudaEmbedding<D> {
-    /// Converts and copies the table.
+    /// Converts and copies the table. Numbers that are not finite are taken as they are, as where the table stays in its file; a head
+    /// that shares it refuses them.
     ///
     /// # Errors
-    /// A table that is not sound, numbers that are not finite or out of the element's range, or memory.
+    /// A table that is not sound, or memory.
     pub fn load(device: &Arc<D>, element: Element, source: &TensorSource<'_>) -> Result<Self, KernelError> {
         source.check()?;
         let mut table = Memory::new(device, source.rows * source.cols * element.bytes())?;
-        write_rows(&mut table, element, 0, source)?;
+        write_rows(&mut table, element, 0, source, false)?;
         Ok(Self { table: CudaTensor::of(table, element, source.rows, source.cols) })
     }
 }
 
-/// All rows of `source` from byte `offset` of `memory` on.
+/// All rows of `source` from byte `offset` of `memory` on; with `finite`, numbers that are not are refused.
 fn write_rows<D: Device>(
     memory: &mut Memory<D>,
     element: Element,
     offset: usize,
     source: &TensorSource<'_>,
+    finite: bool,
 ) -> Result<(), KernelError> {
     let (rows, width) = (source.rows, source.cols);
     let step = (CHUNK / width.max(1)).max(1);
@@ -104,29 +106,31 @@ fn write_rows<D: Device>(
         let range = first..rows.min(first + step);
         let offset = offset + first * width * element.bytes();
         match element {
-            Element::F32 => memory.write(offset, &converted(source, range, |x| x.is_finite().then_some(x))?)?,
-            Element::Bf16 => memory.write(offset, &converted(source, range, to_bf16)?)?,
-            Element::F16 => memory.write(offset, &converted(source, range, to_f16)?)?,
+            Element::F32 => memory.write(offset, &converted(source, range, |x| (x, x.is_finite() || !finite))?)?,
+            Element::Bf16 => memory.write(
+                offset,
+                &converted(source, range, |x| {
+                    let y = bf16::from_f32(x);
+                    (y.to_bits(), y.is_finite() || !finite)
+                })?,
+            )?,
+            Element::F16 => memory.write(
+                offset,
+                &converted(source, range, |x| {
+                    let y = f16::from_f32(x);
+                    (y.to_bits(), y.is_finite() || !finite)
+                })?,
+            )?,
         }
     }
     Ok(())
 }
 
-fn to_bf16(x: f32) -> Option<u16> {
-    let y = bf16::from_f32(x);
-    y.is_finite().then_some(y.to_bits())
-}
-
-fn to_f16(x: f32) -> Option<u16> {
-    let y = f16::from_f32(x);
-    y.is_finite().then_some(y.to_bits())
-}
-
-/// Rows of `source`, converted by several threads.
+/// Rows of `source`, converted by several threads. `to` gives the number and whether it may be.
 fn converted<T: Copy + Default + Send>(
     source: &TensorSource<'_>,
     rows: Range<usize>,
-    to: impl Fn(f32) -> Option<T> + Sync,
+    to: impl Fn(f32) -> (T, bool) + Sync,
 ) -> Result<Vec<T>, KernelError> {
     let width = source.cols;
     let mut values = vec![T::default(); rows.len() * width];
@@ -137,11 +141,14 @@ fn converted<T: Copy + Default + Send>(
         for (number, values) in (first..).zip(values.chunks_exact_mut(width)) {
             dequantise_row(source, number, &mut row);
             for (x, value) in row.iter().zip(values) {
-                let range = || KernelError::WeightRange { name: source.name.to_owned(), row: number };
-                *value = to(*x).ok_or_else(range)?;
+                let (converted, fine) = to(*x);
+                if !fine {
+                    return Err(KernelError::WeightRange { name: source.name.to_owned(), row: number });
+                }
+                *value = converted;
             }
         }
-        Ok::<_, KernelError>(())
+        Ok(())
     };
     std::thread::scope(|scope| {
         let parts = (rows.start..rows.end).step_by(each).zip(values.chunks_mut((each * width).max(1)));

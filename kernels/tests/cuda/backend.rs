@@ -1,10 +1,10 @@
 //! The whole backend on the emulated device: what every backend must keep.
 
+use openlora_kernels::conformance::{self, Rounding};
 use openlora_kernels::cuda::Cuda;
 use openlora_kernels::cuda::device::Element;
 use openlora_kernels::cuda::emulated::Emulated;
 use openlora_kernels::cuda::pages::CudaPages;
-use openlora_kernels::{Precision, conformance};
 
 use crate::support::{emulated, sanitised};
 
@@ -15,9 +15,9 @@ fn backend(element: Element) -> Cuda<Emulated> {
 #[test]
 fn linears_agree_with_the_reference() {
     sanitised(|| {
-        conformance::linear_agrees_with_reference(&backend(Element::F32), Precision::F32);
-        conformance::linear_agrees_with_reference(&backend(Element::F16), Precision::Quantised);
-        conformance::linear_agrees_with_reference(&backend(Element::Bf16), Precision::Quantised);
+        conformance::linear_agrees_with_reference(&backend(Element::F32), Rounding::F32);
+        conformance::linear_agrees_with_reference(&backend(Element::F16), Rounding::Floats(11));
+        conformance::linear_agrees_with_reference(&backend(Element::Bf16), Rounding::Floats(8));
     });
 }
 
