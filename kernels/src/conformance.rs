@@ -169,6 +169,9 @@ fn allowed_errors(spec: &LinearSpec<'_>, x: &[f32], rounding: Rounding) -> Vec<f
                     sum += total(w) * x_largest / 254.0 + w_step / 2.0 * total(x) * 1.01;
                 }
             }
+            if let (Rounding::Floats(bits), Some(bias)) = (rounding, &spec.bias) {
+                sum += f64::from(bias[output].abs()) * 2.1 * 2.0_f64.powi(-bits);
+            }
             allowed[output] = sum as f32;
         }
     }

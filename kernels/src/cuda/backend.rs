@@ -191,9 +191,13 @@ impl<D: Device> Cuda<D> {
         }
     }
 
-    /// Remembers a linear that adapters may target, or the embedding table; its place among them.
+    /// Remembers a linear that adapters may target, or the embedding table; its place among them. What adapters do to two of the same
+    /// sites and sizes is the same.
     fn plan_linear(&self, linear: LoraLinear) -> usize {
         let mut state = self.state();
+        if let Some(place) = state.linears.iter().position(|planned| *planned == linear) {
+            return place;
+        }
         state.lora = None;
         state.graphs.clear();
         state.linears.push(linear);
@@ -261,10 +265,11 @@ impl<D: Device> State<D> {
             let rows = self.limits().rows;
             let limits = LoraLimits { rows, segments: rows, rank: RANK_MAX };
             self.planned.clear();
-            for span in self.linears.iter_mut().flat_map(|linear| &mut linear.sites) {
+            let mut linears = self.linears.clone();
+            for span in linears.iter_mut().flat_map(|linear| &mut linear.sites) {
                 span.index = span.site.index(self.layers);
             }
-            self.lora = Some(LoraPlan::new(device, element, &self.linears, limits)?);
+            self.lora = Some(LoraPlan::new(device, element, &linears, limits)?);
         }
         Ok(self.lora.as_ref().expect("just made"))
     }

@@ -50,7 +50,7 @@ const EXPAND_BYTES: usize = 80;
 const COUNTS_BYTES: usize = 16;
 
 /// A linear that adapters may target, or whose bias [`LoraPlan::expand`] adds; or the embedding table.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoraLinear {
     /// Its sites, three at most, in ascending order.
     pub sites: Vec<SiteSpan>,
