@@ -62,8 +62,9 @@ struct State<D: Device> {
     written: Written,
     /// Of the rows that have adapters at an operation, where they are not the pass's.
     others: Option<StepMemory<D>>,
-    /// The segments that the plan was made for last.
-    planned: Vec<Segment>,
+    /// The runs of rows that the plan was made for last, and the numbers of their adapters, 0 for none. Not their addresses: an adapter
+    /// may come to lie where another one was.
+    planned: Vec<(u32, u32, u64)>,
     /// Every linear that adapters may target.
     linears: Vec<LoraLinear>,
     /// The model's layers, once they are known.
@@ -293,14 +294,15 @@ impl<D: Device> State<D> {
         if segments.is_empty() {
             return Ok(false);
         }
-        if segments != self.planned {
+        let runs = runs(&segments, lora);
+        if runs != self.planned {
             let tokens = vec![0; rows];
             let step = StepRows { tokens: &tokens, positions: &tokens, sequences: &[], block_tables: &[] };
             let others = self.others.as_mut().expect("made with the step");
             others.write(&step, &segments)?;
             let view = others.view();
             self.lora.as_ref().expect("made above").plan(view)?;
-            self.planned = segments;
+            self.planned = runs;
         }
         Ok(true)
     }
@@ -319,6 +321,12 @@ impl<D: Device> State<D> {
         }
         Ok(&mut self.sampler.as_mut().expect("just made").0)
     }
+}
+
+/// What a plan for `segments`, which are those of `lora`, is known by.
+fn runs<D: Device>(segments: &[Segment], lora: &LoraRows<'_, CudaAdapter<D>>) -> Vec<(u32, u32, u64)> {
+    let number = |adapter: Option<&CudaAdapter<D>>| adapter.map_or(0, CudaAdapter::number);
+    segments.iter().zip(lora.segments).map(|(segment, of)| (segment.row, segment.rows, number(of.adapter))).collect()
 }
 
 impl<D: Device> Backend for Cuda<D> {
@@ -450,7 +458,7 @@ impl<D: Device> Backend for Cuda<D> {
             };
             adapters = !segments.is_empty();
             state.write(&self.device, scope.rows, &segments)?;
-            state.planned = segments;
+            state.planned = runs(&segments, scope.lora);
             state.pass = Pass::Eager;
         }
         // While a pass is recorded nothing can be allocated or written: one has to have run.

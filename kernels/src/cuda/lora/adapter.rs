@@ -28,6 +28,8 @@ pub struct CudaAdapter<D: Device> {
     sizes: Vec<[usize; 3]>,
     element: Element,
     bytes: usize,
+    /// No other adapter of this process has it, which cannot be said of addresses.
+    number: u64,
     /// The number of the plan that its sizes were found to fit; 0 for none.
     fits: AtomicU64,
     // Pages first: what is copied is over for steps when the table goes.
@@ -106,7 +108,15 @@ impl<D: Device> CudaAdapter<D> {
             sizes[site.site.index(layers)] = [site.rank(), site.a.cols, site.b.rows];
         }
         let bytes = placement.bytes + table.bytes();
-        Ok(Self { sizes, element, bytes, fits: AtomicU64::new(0), pages, table })
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { sizes, element, bytes, number, fits: AtomicU64::new(0), pages, table })
+    }
+
+    /// Unlike any other adapter's, now or before; not 0.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.number
     }
 
     /// Whether its pages are still its own.
