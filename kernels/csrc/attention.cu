@@ -582,6 +582,8 @@ struct Attend {
           states[ROWS + r * 8] = total_largest[r];
         }
       }
+      // The other lanes read them when the next split is joined.
+      __syncwarp();
     };
     tiles(from, until, [&](u32 start) {
       if (start % SPLIT == 0 && start > from) {
