@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every test: what CI runs. `./test.sh quick` leaves out formatting, lints and the slow end-to-end tests.
-# Installs what is missing first (a compiler, Rust, the model) and says so.
+# Installs what is missing first (compilers, Rust, the model, NVRTC) and says so.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -18,6 +18,8 @@ step "prerequisites"
 source scripts/prerequisites.sh
 step "model"
 scripts/fetch-model.sh
+step "nvrtc"
+scripts/fetch-nvrtc.sh
 
 if ! $quick; then
   step "formatting"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes a fresh Debian or Ubuntu machine (with git, curl and python3) able to build and test OpenLoRA: a C compiler and
-# linker, pip and venv, and the Rust toolchain that rust-toolchain.toml names. Installs only what is missing and says what
-# it does; uses sudo only for apt, and only when it is not root.
+# linker, g++ with its sanitisers (tests run the CUDA kernels on the host with it), pip and venv, and the Rust toolchain that
+# rust-toolchain.toml names. Installs only what is missing and says what it does; uses sudo only for apt, and only when it is
+# not root.
 #
 # Run it, or `source` it to have cargo on the PATH of the calling script too.
 set -euo pipefail
@@ -11,6 +12,8 @@ _say() { printf 'prerequisites: %s\n' "$*" >&2; }
 _install_packages() {
   local missing=() as_root=()
   if ! command -v cc >/dev/null; then missing+=(gcc libc6-dev); fi
+  # libasan comes with it.
+  if ! command -v g++ >/dev/null; then missing+=(g++); fi
   if ! command -v curl >/dev/null; then missing+=(curl ca-certificates); fi
   if ! command -v python3 >/dev/null; then missing+=(python3); fi
   # The module `venv` is always there; what makes its pip is in a package of its own.
@@ -61,4 +64,4 @@ _install_rust() {
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 _install_packages
 _install_rust
-_say "$(cd "$_root" && cargo --version), $(cc --version | head -n 1), $(python3 --version)"
+_say "$(cd "$_root" && cargo --version), $(cc --version | head -n 1), $(g++ --version | head -n 1), $(python3 --version)"

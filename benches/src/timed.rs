@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use openlora_kernels::{
-    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, SampleRow, SampledRow, StepRows,
-    TensorSource,
+    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, RopeTable, SampleRow,
+    SampledRow, StepRows, TensorSource,
 };
 use openlora_types::{AdapterSizes, AdapterWeights, Module, Token};
 
@@ -117,6 +117,7 @@ impl<B: Backend> Backend for Timed<B> {
     type Linear = TimedLinear<B::Linear>;
     type Embedding = B::Embedding;
     type Vector = B::Vector;
+    type Rope = B::Rope;
     type Adapter = B::Adapter;
     type Pages = B::Pages;
     type PageSet = B::PageSet;
@@ -150,6 +151,10 @@ impl<B: Backend> Backend for Timed<B> {
         self.backend.load_vector(values)
     }
 
+    fn load_rope(&self, table: &RopeTable) -> Result<B::Rope, KernelError> {
+        self.backend.load_rope(table)
+    }
+
     fn load_adapter(
         &self,
         weights: &AdapterWeights,
@@ -180,8 +185,8 @@ impl<B: Backend> Backend for Timed<B> {
         self.backend.take_pages(pool, pages)
     }
 
-    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<B::Tensor, KernelError> {
-        self.backend.new_tensor(rows_max, width)
+    fn new_tensor(&self, numbers: Numbers, rows_max: usize, width: usize) -> Result<B::Tensor, KernelError> {
+        self.backend.new_tensor(numbers, rows_max, width)
     }
 
     fn read_tensor(&self, tensor: &B::Tensor) -> Vec<f32> {

@@ -10,6 +10,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use openlora_adapters::AdapterError;
 use openlora_kernels::cpu::Isa;
+use openlora_kernels::cuda::Places;
+use openlora_kernels::cuda::probe::{Probe, probe};
 use openlora_model::ModelFiles;
 use openlora_server::keys::KeyStore;
 use serde_json::json;
@@ -40,6 +42,7 @@ pub(crate) fn run(global: &Global, _args: &DoctorArgs) -> Result<ExitCode> {
             let config = loaded.config;
             note("settings", Ok("fine; `openlora config show --origin` lists them".into()));
             note("processor", Ok(processor(&config)));
+            note("cuda", Ok(cuda(&probe(&Places::from_environment()))));
             note("memory", memory(&config));
             let mut running = false;
             match model(&config) {
@@ -80,6 +83,15 @@ pub(crate) fn run(global: &Global, _args: &DoctorArgs) -> Result<ExitCode> {
 
 fn processor(config: &Config) -> String {
     format!("{} kernels, {} threads", Isa::detect().name(), config.engine.threads)
+}
+
+/// No fault of the set-up, whatever is missing: models are served by the processor then.
+fn cuda(found: &Probe) -> String {
+    match &found.driver {
+        Err(missing) => format!("no GPU: {missing}"),
+        Ok(_) if found.usable() => found.to_string(),
+        Ok(_) => format!("no GPU can be used: {found}"),
+    }
 }
 
 fn memory(config: &Config) -> Result<String> {

@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use openlora_kernels::cpu::{Cpu, Isa, ceilings};
-use openlora_kernels::{Backend, BlockFormat, KernelError, LinearSpec, LoraRows, Precision, TensorSource};
+use openlora_kernels::{Backend, BlockFormat, KernelError, LinearSpec, LoraRows, Numbers, Precision, TensorSource};
 
 /// `(name, inputs, outputs of the parts, format)` of SmolLM2-135M.
 const SHAPES: [(&str, usize, &[usize], BlockFormat); 5] = [
@@ -75,10 +75,10 @@ fn rates(cpu: &Cpu, inputs: usize, parts: &[usize], format: BlockFormat) -> Resu
     let weights = linears[0].panels.byte_len() as f64;
     let mut figures = Vec::new();
     for rows in ROWS {
-        let mut x = cpu.new_tensor(rows, inputs)?;
+        let mut x = cpu.new_tensor(Numbers::Activation, rows, inputs)?;
         x.set_rows(rows);
         x.values_mut().iter_mut().enumerate().for_each(|(i, x)| *x = (i % 17) as f32 - 8.0);
-        let mut out = cpu.new_tensor(rows, outputs)?;
+        let mut out = cpu.new_tensor(Numbers::Activation, rows, outputs)?;
         // The best time of each matrix, then their mean: what else runs on the machine disturbs single calls.
         let mut best = vec![f64::INFINITY; linears.len()];
         let end = Instant::now() + TIME_PER_FIGURE;

@@ -14,6 +14,8 @@ pub trait Backend: Send + Sync + 'static {
     type Embedding: Send + Sync;
     /// A loaded vector, such as a norm's weight.
     type Vector: Send + Sync;
+    /// A loaded table of rotary angles.
+    type Rope: Send + Sync;
     /// One adapter generation, resident.
     type Adapter: Send + Sync;
     /// The pool of pages: KV blocks of all layers, and adapters.
@@ -48,6 +50,12 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// Memory.
     fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
+
+    /// Copies a table of angles to the device.
+    ///
+    /// # Errors
+    /// Memory.
+    fn load_rope(&self, table: &RopeTable) -> Result<Self::Rope, KernelError>;
 
     /// Makes an adapter resident: writes its factors into `pages`, which are the adapter's from then on. Runs on any thread,
     /// beside operations on the pool. `output_scales[i]` is, for a DoRA site `weights.sites[i]`, the `[outputs]` factor
@@ -90,10 +98,26 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     /// Memory.
-    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError>;
+    fn new_tensor(&self, numbers: Numbers, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError>;
 
     /// The rows of a tensor, copied to the host as f32: for tests and logits inspection, not for the step.
     fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32>;
+
+    /// Runs one forward pass: `run` calls the operations, on tensors that `scope` identifies. A backend may write down what it is
+    /// given here once for all of them, and where every sequence has one row it may record what `run` enqueues and enqueue that
+    /// again for other steps like it instead of calling `run`.
+    ///
+    /// # Errors
+    /// A device failure, or what `run` returns.
+    fn forward(
+        &self,
+        scope: &ForwardScope<'_, Self>,
+        pages: &mut Self::Pages,
+        run: &mut dyn FnMut(&mut Self::Pages) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let _ = scope;
+        run(pages)
+    }
 
     /// `out[i] = table[tokens[i]] (+ scale * B A[:, tokens[i]])`, `out: [tokens, hidden]`.
     ///
@@ -187,6 +211,29 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<(), KernelError>;
 }
 
+/// How the numbers of a tensor are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    /// As the backend multiplies: 16 bits on a GPU, f32 on the CPU.
+    Activation,
+    /// f32 on every backend: the residual stream, to which every layer adds, and logits.
+    F32,
+}
+
+/// One forward pass over a model's layers.
+pub struct ForwardScope<'a, B: Backend + ?Sized> {
+    /// The same for passes over the same tensors, different for all others.
+    pub tensors: u64,
+    /// The rows.
+    pub rows: &'a StepRows<'a>,
+    /// Their adapters.
+    pub lora: &'a LoraRows<'a, B::Adapter>,
+    /// Rows that the tensors have room for.
+    pub rows_max: usize,
+    /// Whether the hidden rows after the final norm are wanted of all rows.
+    pub all_wanted: bool,
+}
+
 /// Attention's sizes, the same for all layers of a model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionSpec {
@@ -211,7 +258,7 @@ pub struct LayerAttention<'a, B: Backend + ?Sized> {
     /// Tokens a row sees, itself included; `None` sees all before it.
     pub window: Option<usize>,
     /// Rotary frequencies.
-    pub rope: &'a RopeTable,
+    pub rope: &'a B::Rope,
     /// Weights of the q and k head norms, `[head_dim]` each.
     pub qk_norm: Option<(&'a B::Vector, &'a B::Vector)>,
 }

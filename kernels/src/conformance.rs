@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::reference;
 use crate::reference::dequantise::dequantise_row;
-use crate::{Backend, BlockFormat, LinearSpec, LoraRows, Precision, TensorSource};
+use crate::{Backend, BlockFormat, LinearSpec, LoraRows, Numbers, TensorSource};
 
 /// Inputs of a block that quantised backends give one activation scale at most.
 const BLOCK: usize = 32;
@@ -98,7 +98,7 @@ impl RandomMatrix {
 /// When the backend fails.
 pub fn upload<B: Backend>(backend: &B, values: &[f32], width: usize) -> B::Tensor {
     let rows = values.len() / width;
-    let mut tensor = backend.new_tensor(rows.max(1), width).expect("memory");
+    let mut tensor = backend.new_tensor(Numbers::Activation, rows.max(1), width).expect("memory");
     upload_into(backend, values, width, &mut tensor);
     tensor
 }
@@ -125,9 +125,20 @@ fn random_rows(rows: usize, width: usize, random: &mut Random) -> Vec<f32> {
     (0..rows * width).map(|i| random.number() * block_scale[i % width / BLOCK]).collect()
 }
 
-/// How far `W x` may be from the exact value, per output of `rows`: half a step of every activation and weight that a
-/// quantised backend rounds, and the rounding of f32 sums.
-fn allowed_errors(spec: &LinearSpec<'_>, x: &[f32], precision: Precision) -> Vec<f32> {
+/// What a backend rounds to before it multiplies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rounding {
+    /// f32: nothing.
+    F32,
+    /// Weights and activations to 8 bits, by blocks.
+    Blocks,
+    /// Weights, activations and results to floats with so many bits of mantissa, the leading one included: 8 of bf16, 11 of f16.
+    Floats(i32),
+}
+
+/// How far `W x` may be from the exact value, per output of `rows`: half a step of every number that the backend rounds, and the
+/// rounding of f32 sums.
+fn allowed_errors(spec: &LinearSpec<'_>, x: &[f32], rounding: Rounding) -> Vec<f32> {
     let inputs = spec.parts[0].cols;
     let mut weights = vec![0.0; inputs];
     let all_rows = || spec.parts.iter().flat_map(|part| (0..part.rows).map(move |row| (part, row)));
@@ -143,7 +154,12 @@ fn allowed_errors(spec: &LinearSpec<'_>, x: &[f32], precision: Precision) -> Vec
                 let (w_largest, x_largest) = (f64::from(largest(w)), f64::from(largest(x)));
                 // f32 arithmetic: a relative error of 2^-24 at each of a few hundred steps.
                 sum += total(w) * x_largest * 2e-5 + 1e-9;
-                if precision == Precision::Quantised {
+                if let Rounding::Floats(bits) = rounding {
+                    let products: f64 = w.iter().zip(x).map(|(w, x)| f64::from((w * x).abs())).sum();
+                    // A weight, an activation and the result, each by half a unit in the last place; f16 has no numbers below 6e-8.
+                    sum += products * 3.1 * 2.0_f64.powi(-bits) + (total(w) + total(x)) * 3e-8;
+                }
+                if rounding == Rounding::Blocks {
                     let w_step = match part.format {
                         BlockFormat::Q8_0 | BlockFormat::Q5_0 | BlockFormat::Q4_0 | BlockFormat::Q4_1 => 0.0,
                         // Scale and minimum rounded to 11 bits; together they are at most three times the largest weight.
@@ -152,6 +168,9 @@ fn allowed_errors(spec: &LinearSpec<'_>, x: &[f32], precision: Precision) -> Vec
                     };
                     sum += total(w) * x_largest / 254.0 + w_step / 2.0 * total(x) * 1.01;
                 }
+            }
+            if let (Rounding::Floats(bits), Some(bias)) = (rounding, &spec.bias) {
+                sum += f64::from(bias[output].abs()) * 2.1 * 2.0_f64.powi(-bits);
             }
             allowed[output] = sum as f32;
         }
@@ -173,7 +192,7 @@ fn assert_close(found: &[f32], expected: &[f32], allowed: &[f32], what: &str) {
 ///
 /// # Panics
 /// When it does not.
-pub fn linear_agrees_with_reference<B: Backend>(backend: &B, precision: Precision) {
+pub fn linear_agrees_with_reference<B: Backend>(backend: &B, rounding: Rounding) {
     use BlockFormat::{Bf16, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q6K, Q8_0};
     let cases: [(usize, &[(BlockFormat, usize)]); 14] = [
         (96, &[(Q4_0, 49)]),
@@ -206,7 +225,7 @@ pub fn linear_agrees_with_reference<B: Backend>(backend: &B, precision: Precisio
             backend.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
             let what = format!("{inputs} inputs, parts {parts:?}, {rows} rows");
             let expected = reference::linear::linear(&spec, &values);
-            assert_close(&backend.read_tensor(&out), &expected, &allowed_errors(&spec, &values, precision), &what);
+            assert_close(&backend.read_tensor(&out), &expected, &allowed_errors(&spec, &values, rounding), &what);
         }
     }
 }
@@ -226,7 +245,7 @@ pub fn linear_rows<B: Backend>(backend: &B, rows: &[usize]) -> Vec<Vec<u32>> {
     let linear = backend.load_linear(&spec).expect("a sound linear");
     let values: Vec<f32> = rows.iter().flat_map(|row| &all[row * INPUTS..(row + 1) * INPUTS]).copied().collect();
     let x = upload(backend, &values, INPUTS);
-    let mut out = backend.new_tensor(rows.len(), 187).expect("memory");
+    let mut out = backend.new_tensor(Numbers::Activation, rows.len(), 187).expect("memory");
     backend.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
     backend.read_tensor(&out).chunks_exact(187).map(|row| row.iter().map(|value| value.to_bits()).collect()).collect()
 }

@@ -82,6 +82,16 @@ pub enum KernelError {
         /// The value.
         value: f32,
     },
+    /// An adapter's rank is larger than the device's kernels have room for.
+    #[error("{site}: rank {rank}; this device's kernels take up to {max}")]
+    AdapterRank {
+        /// Where.
+        site: Site,
+        /// The rank.
+        rank: usize,
+        /// The largest.
+        max: usize,
+    },
     /// An adapter was given too few pages.
     #[error("the adapter needs {needed} pages of the pool and was given {given}")]
     AdapterPages {
@@ -106,6 +116,16 @@ pub enum KernelError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// The GPU, its driver or one of its libraries refused; the device may not be usable any more.
+    #[error("{device}: {what}: {reason}")]
+    Device {
+        /// Which device, as `cuda:0`.
+        device: String,
+        /// What was being done.
+        what: String,
+        /// What the driver said.
+        reason: String,
+    },
     /// The thread pool could not be made.
     #[error("{threads} kernel threads: {reason}")]
     Threads {
@@ -125,7 +145,7 @@ impl Classify for KernelError {
     }
     fn fault(&self) -> Fault {
         match self {
-            Self::AdapterShape { .. } | Self::AdapterRange { .. } => Fault::Client,
+            Self::AdapterShape { .. } | Self::AdapterRange { .. } | Self::AdapterRank { .. } => Fault::Client,
             _ => Fault::Server,
         }
     }

@@ -11,14 +11,15 @@
 mod backend;
 pub mod conformance;
 pub mod cpu;
+pub mod cuda;
 mod error;
 pub mod mapped;
 pub mod reference;
 mod tensor_source;
 
 pub use backend::{
-    AttentionSpec, Backend, LayerAttention, LoraRows, LoraSegment, RopeTable, SampleRow, SampledRow, SequenceRows,
-    StepRows,
+    AttentionSpec, Backend, ForwardScope, LayerAttention, LoraRows, LoraSegment, Numbers, RopeTable, SampleRow,
+    SampledRow, SequenceRows, StepRows,
 };
 pub use error::KernelError;
 pub use tensor_source::{BlockFormat, LinearSpec, Precision, SiteSpan, TensorSource};

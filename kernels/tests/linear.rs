@@ -4,9 +4,11 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
+use openlora_kernels::conformance::Rounding;
 use openlora_kernels::cpu::{Cpu, Isa};
 use openlora_kernels::{
-    Backend, BlockFormat, KernelError, LinearSpec, LoraRows, Precision, SiteSpan, TensorSource, conformance, reference,
+    Backend, BlockFormat, KernelError, LinearSpec, LoraRows, Numbers, Precision, SiteSpan, TensorSource, conformance,
+    reference,
 };
 use openlora_types::{Module, Site};
 
@@ -43,7 +45,11 @@ fn cpu(threads: usize, precision: Precision, isa: Isa) -> Cpu {
 fn every_format_size_and_row_count_agrees_with_the_reference() {
     for isa in Isa::available() {
         for precision in PRECISIONS {
-            conformance::linear_agrees_with_reference(&cpu(2, precision, *isa), precision);
+            let rounding = match precision {
+                Precision::F32 => Rounding::F32,
+                Precision::Quantised => Rounding::Blocks,
+            };
+            conformance::linear_agrees_with_reference(&cpu(2, precision, *isa), rounding);
         }
     }
 }
@@ -113,7 +119,7 @@ fn a_block_that_stands_out_is_multiplied_with_two_digits() {
             let cpu = cpu(2, Precision::Quantised, *isa);
             let linear = cpu.load_linear(&spec).expect("sound");
             let x = conformance::upload(&cpu, &x, INPUTS);
-            let mut out = cpu.new_tensor(11, 40).expect("memory");
+            let mut out = cpu.new_tensor(Numbers::Activation, 11, 40).expect("memory");
             cpu.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
             let error: f64 = cpu.read_tensor(&out).iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2)).sum();
             let size: f64 = expected.iter().map(|b| f64::from(*b).powi(2)).sum();
@@ -178,7 +184,7 @@ fn row_order_is_applied_when_packing() {
         let part = TensorSource { row_order: Some(&order), ..source(&bytes, 40, 32) };
         let linear = cpu.load_linear(&LinearSpec { parts: vec![part], bias: None, sites: Vec::new() }).expect("sound");
         let x = conformance::upload(&cpu, &[1.0; 32], 32);
-        let mut out = cpu.new_tensor(1, 40).expect("memory");
+        let mut out = cpu.new_tensor(Numbers::Activation, 1, 40).expect("memory");
         cpu.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
         for (output, found) in cpu.read_tensor(&out).iter().enumerate() {
             let expected = (39 - output) as f32 * 32.0;
@@ -195,7 +201,7 @@ fn a_linear_allocates_nothing_once_the_largest_tensor_exists() {
         let cpu = cpu(1, precision, Isa::detect());
         let spec = LinearSpec { parts: vec![source(&bytes, 100, 32)], bias: Some(vec![1.0; 100]), sites: Vec::new() };
         let linear = cpu.load_linear(&spec).expect("sound");
-        let mut out = cpu.new_tensor(300, 100).expect("memory");
+        let mut out = cpu.new_tensor(Numbers::Activation, 300, 100).expect("memory");
         for rows in [1, 300, 20] {
             let x = conformance::upload(&cpu, &vec![1.0; rows * 32], 32);
             let before = ALLOCATIONS.get();
@@ -216,11 +222,11 @@ fn a_panic_in_a_kernel_is_an_error_of_this_and_every_later_operation() {
         let x = conformance::upload(&cpu, &[1.0; 32], 32);
         let owner = std::sync::Arc::new(bytes.clone());
         let table = cpu.load_embedding(&source(&owner, 4, 32), owner.clone(), 0).expect("sound");
-        let mut out = cpu.new_tensor(8, 32).expect("memory");
+        let mut out = cpu.new_tensor(Numbers::Activation, 8, 32).expect("memory");
         let none = LoraRows { segments: &[] };
         let error = cpu.embed(&table, &[0, 4, 0, 4, 0, 4, 0, 4], &none, &mut out).expect_err("no such token");
         assert!(matches!(error, KernelError::ThreadPanicked(_)), "{error}");
-        let mut out = cpu.new_tensor(1, 4).expect("memory");
+        let mut out = cpu.new_tensor(Numbers::Activation, 1, 4).expect("memory");
         let error = cpu.linear(&linear, &none, &x, &mut out).expect_err("poisoned");
         assert!(matches!(error, KernelError::ThreadPanicked(_)), "{error}");
     }

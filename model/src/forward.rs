@@ -1,13 +1,20 @@
 //! The forward pass: one page for every family, because they differ in data (biases, norms, windows, angles) and not in
 //! the sequence of operations.
 
-use openlora_kernels::{Backend, LayerAttention, LoraRows, StepRows};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use openlora_kernels::{Backend, ForwardScope, KernelError, LayerAttention, LoraRows, Numbers, StepRows};
 
 use crate::error::ModelError;
 use crate::weights::{Layer, Model};
 
+/// The next [`Activations::id`].
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
 /// The buffers of one forward pass, allocated once for the largest step.
 pub struct Activations<B: Backend> {
+    /// Unlike any other's.
+    id: u64,
     /// The residual stream, `[rows, hidden]`.
     residual: B::Tensor,
     /// Output of the last norm, `[rows, hidden]`.
@@ -60,19 +67,21 @@ impl<B: Backend> Model<B> {
         let shape = self.shape();
         let q = shape.heads * shape.head_dim;
         let kv = shape.kv_heads * shape.head_dim;
-        let tensor = |rows, width| self.backend.new_tensor(rows, width);
+        let tensor = |rows, width| self.backend.new_tensor(Numbers::Activation, rows, width);
+        let exact = |rows, width| self.backend.new_tensor(Numbers::F32, rows, width);
         Ok(Activations {
-            residual: tensor(rows, shape.hidden)?,
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            residual: exact(rows, shape.hidden)?,
             normed: tensor(rows, shape.hidden)?,
             qkv: tensor(rows, q + 2 * kv)?,
             attended: tensor(rows, q)?,
             delta: tensor(rows, shape.hidden)?,
             gate_up: tensor(rows, 2 * shape.intermediate)?,
             activated: tensor(rows, shape.intermediate)?,
-            wanted_residual: tensor(rows, shape.hidden)?,
+            wanted_residual: exact(rows, shape.hidden)?,
             wanted_attended: tensor(rows, q)?,
             gathered: tensor(logit_rows, shape.hidden)?,
-            logits: tensor(logit_rows, shape.vocab)?,
+            logits: exact(logit_rows, shape.vocab)?,
             rows: 0,
             rows_max: rows,
             logit_rows_max: logit_rows,
@@ -98,6 +107,23 @@ impl<B: Backend> Model<B> {
         self.check_step(step)?;
         check_wanted(wanted, rows)?;
         act.rows = wanted.len();
+        let (tensors, rows_max, all_wanted) = (act.id, act.rows_max, wanted.len() == rows);
+        let scope = ForwardScope { tensors, rows: step, lora, rows_max, all_wanted };
+        self.backend
+            .forward(&scope, pages, &mut |pages| self.run_layers(act, step, lora, (wanted, wanted_lora), pages))?;
+        Ok(())
+    }
+
+    /// The operations of [`Model::forward`].
+    fn run_layers(
+        &self,
+        act: &mut Activations<B>,
+        step: &StepRows<'_>,
+        lora: &LoraRows<'_, B::Adapter>,
+        (wanted, wanted_lora): (&[u32], &LoraRows<'_, B::Adapter>),
+        pages: &mut B::Pages,
+    ) -> Result<(), KernelError> {
+        let rows = step.tokens.len();
         let backend = &*self.backend;
         let eps = self.config().rms_eps;
         backend.embed(&self.embedding, step.tokens, lora, &mut act.residual)?;
@@ -143,7 +169,7 @@ impl<B: Backend> Model<B> {
         lora: &LoraRows<'_, B::Adapter>,
         pages: &mut B::Pages,
         only_store: bool,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), KernelError> {
         let (backend, spec) = (&*self.backend, &self.attention);
         let attention = LayerAttention {
             layer: number,

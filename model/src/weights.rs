@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use openlora_kernels::{AttentionSpec, Backend, LinearSpec, RopeTable, SiteSpan};
+use openlora_kernels::{AttentionSpec, Backend, LinearSpec, SiteSpan};
 use openlora_types::{ModelShape, Module, Site};
 
 use crate::config::ModelConfig;
@@ -41,7 +41,7 @@ pub struct Model<B: Backend> {
     pub(crate) files: Arc<ModelFiles>,
     pub(crate) options: LoadOptions,
     pub(crate) attention: AttentionSpec,
-    pub(crate) rope: RopeTable,
+    pub(crate) rope: B::Rope,
     pub(crate) embedding: B::Embedding,
     pub(crate) layers: Vec<Layer<B>>,
     pub(crate) final_norm: B::Vector,
@@ -70,7 +70,7 @@ impl<B: Backend> Model<B> {
         (loader.progress)(total, total);
         Ok(Self {
             attention: attention_spec(config, options.block_size),
-            rope: config.rope.table(options.max_position),
+            rope: backend.load_rope(&config.rope.table(options.max_position))?,
             options,
             embedding,
             layers,

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use openlora_kernels::cpu::Cpu;
 use openlora_kernels::{
-    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, SampleRow, SampledRow, StepRows,
-    TensorSource,
+    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, RopeTable, SampleRow,
+    SampledRow, StepRows, TensorSource,
 };
 use openlora_types::{AdapterSizes, AdapterWeights, Token};
 
@@ -166,6 +166,7 @@ impl Backend for Probe {
     type Linear = <Cpu as Backend>::Linear;
     type Embedding = <Cpu as Backend>::Embedding;
     type Vector = <Cpu as Backend>::Vector;
+    type Rope = <Cpu as Backend>::Rope;
     type Adapter = <Cpu as Backend>::Adapter;
     type Pages = <Cpu as Backend>::Pages;
     type PageSet = <Cpu as Backend>::PageSet;
@@ -190,6 +191,10 @@ impl Backend for Probe {
 
     fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError> {
         self.cpu.load_vector(values)
+    }
+
+    fn load_rope(&self, table: &RopeTable) -> Result<Self::Rope, KernelError> {
+        self.cpu.load_rope(table)
     }
 
     fn load_adapter(
@@ -224,8 +229,8 @@ impl Backend for Probe {
         self.cpu.take_pages(pool, pages)
     }
 
-    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError> {
-        self.cpu.new_tensor(rows_max, width)
+    fn new_tensor(&self, numbers: Numbers, rows_max: usize, width: usize) -> Result<Self::Tensor, KernelError> {
+        self.cpu.new_tensor(numbers, rows_max, width)
     }
 
     fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32> {

@@ -81,6 +81,7 @@ impl<'a, B: Backend> World<'a, B> {
         let half = SPEC.head_dim / 2;
         let rope =
             RopeTable { rotary_dim: SPEC.head_dim, cos: vec![0.6; TOKENS * half], sin: vec![0.8; TOKENS * half] };
+        let rope = self.backend.load_rope(&rope).expect("memory");
         let mut found = Vec::new();
         for layer in 0..LAYERS {
             let values = numbers(10 + layer as u64, TOKENS * WIDTH, 2.0);

@@ -27,8 +27,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use openlora_types::{AdapterSizes, AdapterWeights, Token};
 
 use crate::{
-    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Precision, SampleRow, SampledRow,
-    StepRows, TensorSource,
+    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, Precision, RopeTable,
+    SampleRow, SampledRow, StepRows, TensorSource,
 };
 use attention::{Attend, AttentionScratch};
 use embed::CpuEmbedding;
@@ -109,6 +109,7 @@ impl Backend for Cpu {
     type Linear = CpuLinear;
     type Embedding = CpuEmbedding;
     type Vector = Vec<f32>;
+    type Rope = RopeTable;
     type Adapter = CpuAdapter;
     type Pages = CpuPages;
     type PageSet = CpuPageSet;
@@ -143,6 +144,10 @@ impl Backend for Cpu {
 
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
         Ok(values.to_vec())
+    }
+
+    fn load_rope(&self, table: &RopeTable) -> Result<RopeTable, KernelError> {
+        Ok(table.clone())
     }
 
     fn load_adapter(
@@ -181,7 +186,7 @@ impl Backend for Cpu {
         pool.take(pages)
     }
 
-    fn new_tensor(&self, rows_max: usize, width: usize) -> Result<CpuTensor, KernelError> {
+    fn new_tensor(&self, _numbers: Numbers, rows_max: usize, width: usize) -> Result<CpuTensor, KernelError> {
         self.scratch().grow(self.pool.threads(), rows_max, 0)?;
         CpuTensor::new(rows_max, width)
     }

@@ -20,7 +20,7 @@ fn adapters(host: &Host) -> Vec<Adapter> {
 /// One request per adapter and two for the base, of odd lengths, so that no segment starts on a tile's border.
 fn requests(adapters: usize) -> Vec<Request> {
     let prompts: Vec<Vec<Token>> =
-        Case::read("golden/base.json", None).into_iter().map(|case| case.expected.prompt_ids).collect();
+        <Case>::read("golden/base.json", None).into_iter().map(|case| case.expected.prompt_ids).collect();
     let kinds = (0..adapters).map(Some).chain([None, None]);
     let of_kind = |(i, adapter): (usize, Option<usize>)| {
         let prompt = &prompts[i % prompts.len()];
@@ -104,7 +104,7 @@ fn a_mixed_quantised_batch_gives_each_request_what_it_gets_alone() {
 fn check_chunks(precision: Precision) {
     let mut host = Host::open(&real_model(), precision);
     let adapter = host.adapter("golden/adapters/qv-r8");
-    let prompt = Case::read("golden/base.json", None).swap_remove(0).expected.prompt_ids;
+    let prompt = <Case>::read("golden/base.json", None).swap_remove(0).expected.prompt_ids;
     let whole = bits(&host.prompt(&prompt, Some(&adapter)));
     let (blocks, other) = (blocks_for(prompt.len(), 40), blocks_for(64, 60));
     for chunk in [1, 7, 16] {
@@ -130,7 +130,7 @@ fn rows_that_nobody_wants_end_early_and_change_no_bit_of_the_others() {
     for precision in [Precision::F32, Precision::Quantised] {
         let mut host = Host::open(&real_model(), precision);
         let adapter = host.adapter("golden/adapters/qv-r8");
-        let prompt = Case::read("golden/base.json", None).swap_remove(0).expected.prompt_ids;
+        let prompt = <Case>::read("golden/base.json", None).swap_remove(0).expected.prompt_ids;
         let (blocks, other) = (blocks_for(prompt.len(), 40), blocks_for(prompt.len(), 60));
         let sequences = [
             Rows { tokens: &prompt, start: 0, blocks: &blocks, adapter: Some(&adapter) },

@@ -2,6 +2,7 @@
 //! every family (fixtures/make), and against itself for the promise that a row does not depend on its neighbours.
 
 mod batch;
+mod cuda;
 mod families;
 mod golden;
 mod probe;

@@ -1,4 +1,4 @@
-//! Runs a model on the CPU backend as the engine would, and compares with recorded answers.
+//! Runs a model on a backend as the engine would, and compares with recorded answers.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +11,6 @@ use openlora_types::{AdapterWeights, Alias, Limits, Module, Site, Token};
 use serde::Deserialize;
 
 pub(crate) type Adapter = <Cpu as Backend>::Adapter;
-type Kv = <Cpu as Backend>::Pages;
 
 const BLOCK: usize = 16;
 const MAX_ROWS: usize = 640;
@@ -97,8 +96,7 @@ pub(crate) fn read_adapter(path: &Path, files: &Arc<ModelFiles>) -> Arc<AdapterW
 }
 
 /// One sequence's rows of a step.
-#[derive(Clone, Copy)]
-pub(crate) struct Rows<'a> {
+pub(crate) struct Rows<'a, A = Adapter> {
     /// Tokens to compute.
     pub(crate) tokens: &'a [Token],
     /// Position of the first.
@@ -106,20 +104,35 @@ pub(crate) struct Rows<'a> {
     /// KV blocks of the sequence.
     pub(crate) blocks: &'a [u32],
     /// Its adapter.
-    pub(crate) adapter: Option<&'a Adapter>,
+    pub(crate) adapter: Option<&'a A>,
 }
 
+impl<A> Clone for Rows<'_, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<A> Copy for Rows<'_, A> {}
+
 /// A loaded model with the buffers of one step thread.
-pub(crate) struct Host {
-    pub(crate) model: Model<Cpu>,
+pub(crate) struct Host<B: Backend = Cpu> {
+    pub(crate) model: Model<B>,
     files: Arc<ModelFiles>,
-    act: Activations<Cpu>,
-    kv: Kv,
+    act: Activations<B>,
+    kv: B::Pages,
+    /// Fills pages with NaN.
+    poison: fn(&mut B::Pages),
 }
 
 impl Host {
     pub(crate) fn open(path: &Path, precision: Precision) -> Self {
         let backend = Arc::new(Cpu::new(2, precision, Isa::detect()).expect("threads start"));
+        Self::on(backend, path, |pages| pages.fill(f32::NAN))
+    }
+}
+
+impl<B: Backend> Host<B> {
+    pub(crate) fn on(backend: Arc<B>, path: &Path, poison: fn(&mut B::Pages)) -> Self {
         let files =
             ModelFiles::open(path, &Limits::default()).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let options = LoadOptions {
@@ -135,16 +148,16 @@ impl Host {
         assert_eq!(last.0, last.1, "progress ends at the total");
         let act = model.new_activations().expect("memory");
         let kv = model.backend().new_pages(model.attention_spec(), model.layers(), KV_BLOCKS).expect("memory");
-        Self { model, files, act, kv }
+        Self { model, files, act, kv, poison }
     }
 
     /// The PEFT adapter in a fixture folder, loaded.
-    pub(crate) fn adapter(&self, folder: &str) -> Adapter {
+    pub(crate) fn adapter(&self, folder: &str) -> B::Adapter {
         let weights = read_adapter(&fixture(folder), &self.files);
         let needed = self.model.adapter_pages(&weights.sizes());
         let (backend, spec) = (self.model.backend(), self.model.attention_spec());
         let mut pool = backend.new_pages(spec, self.model.layers(), needed).expect("memory");
-        pool.fill(f32::NAN);
+        (self.poison)(&mut pool);
         let pages: Vec<u32> = (0..needed as u32).collect();
         let pages = backend.take_pages(&mut pool, &pages).expect("free pages");
         self.model.load_adapter(&weights, pages).unwrap_or_else(|error| panic!("{folder}: {error}"))
@@ -152,11 +165,11 @@ impl Host {
 
     /// Fills all KV with NaN: what a step reads after this has been stored after this.
     pub(crate) fn forget(&mut self) {
-        self.kv.fill(f32::NAN);
+        (self.poison)(&mut self.kv);
     }
 
     /// Computes one step and returns the logits of all its rows, `[rows, vocab]` per sequence.
-    pub(crate) fn step(&mut self, sequences: &[Rows<'_>]) -> Vec<Vec<f32>> {
+    pub(crate) fn step(&mut self, sequences: &[Rows<'_, B::Adapter>]) -> Vec<Vec<f32>> {
         let counts: Vec<usize> = sequences.iter().map(|sequence| sequence.tokens.len()).collect();
         let wanted: Vec<u32> = (0..counts.iter().sum::<usize>() as u32).collect();
         let vocab = self.model.shape().vocab;
@@ -166,7 +179,7 @@ impl Host {
     }
 
     /// Computes one step and returns the logits of the wanted rows of all sequences together, `[wanted, vocab]`.
-    pub(crate) fn step_wanted(&mut self, sequences: &[Rows<'_>], wanted: &[u32]) -> Vec<f32> {
+    pub(crate) fn step_wanted(&mut self, sequences: &[Rows<'_, B::Adapter>], wanted: &[u32]) -> Vec<f32> {
         let mut tokens = Vec::new();
         let mut positions = Vec::new();
         let mut spans = Vec::new();
@@ -201,14 +214,14 @@ impl Host {
     }
 
     /// Logits of a prompt alone, in one step.
-    pub(crate) fn prompt(&mut self, tokens: &[Token], adapter: Option<&Adapter>) -> Vec<f32> {
+    pub(crate) fn prompt(&mut self, tokens: &[Token], adapter: Option<&B::Adapter>) -> Vec<f32> {
         let blocks = blocks_for(tokens.len(), 0);
         self.step(&[Rows { tokens, start: 0, blocks: &blocks, adapter }]).remove(0)
     }
 
     /// Checks prompt log-probabilities, the ten best after each prompt, and the greedy continuations, decoded token by
     /// token. As many cases as fit share each step, as they would in a server.
-    pub(crate) fn check(&mut self, cases: &[Case<'_>]) {
+    pub(crate) fn check(&mut self, cases: &[Case<'_, B::Adapter>]) {
         assert!(!cases.is_empty());
         let mut rest = cases;
         while !rest.is_empty() {
@@ -218,13 +231,13 @@ impl Host {
         }
     }
 
-    fn fits(cases: &[Case<'_>]) -> bool {
+    fn fits(cases: &[Case<'_, B::Adapter>]) -> bool {
         let rows: usize = cases.iter().map(|case| case.expected.prompt_ids.len()).sum();
         let blocks: usize = cases.iter().map(Case::blocks).sum();
         rows <= MAX_ROWS && blocks <= KV_BLOCKS
     }
 
-    fn check_together(&mut self, cases: &[Case<'_>]) {
+    fn check_together(&mut self, cases: &[Case<'_, B::Adapter>]) {
         let mut free: Vec<u32> = (0..KV_BLOCKS as u32).collect();
         // Taken from the end: a block table is neither ascending nor a range from 0.
         let tables: Vec<Vec<u32>> = cases.iter().map(|case| free.split_off(free.len() - case.blocks())).collect();
@@ -262,15 +275,15 @@ impl Host {
 }
 
 /// A recorded answer and the adapter it was recorded with.
-pub(crate) struct Case<'a> {
+pub(crate) struct Case<'a, A = Adapter> {
     pub(crate) name: String,
     pub(crate) expected: Expected,
-    pub(crate) adapter: Option<&'a Adapter>,
+    pub(crate) adapter: Option<&'a A>,
 }
 
-impl<'a> Case<'a> {
+impl<'a, A> Case<'a, A> {
     /// All answers of an `expected.json`.
-    pub(crate) fn read(answers: &str, adapter: Option<&'a Adapter>) -> Vec<Self> {
+    pub(crate) fn read(answers: &str, adapter: Option<&'a A>) -> Vec<Self> {
         let all: Vec<Expected> = read_json(&fixture(answers));
         assert!(!all.is_empty(), "{answers} has no cases");
         let case = |(i, expected)| Case { name: format!("{answers}, prompt {i}"), expected, adapter };
@@ -320,12 +333,12 @@ pub(crate) fn blocks_for(tokens: usize, first: u32) -> Vec<u32> {
 }
 
 /// Runs of the same adapter; none at all when no row has one.
-fn segments<'a>(adapters: &[Option<&'a Adapter>]) -> Vec<LoraSegment<'a, Adapter>> {
-    let same = |a: Option<&Adapter>, b: Option<&Adapter>| match (a, b) {
+fn segments<'a, A>(adapters: &[Option<&'a A>]) -> Vec<LoraSegment<'a, A>> {
+    let same = |a: Option<&A>, b: Option<&A>| match (a, b) {
         (Some(a), Some(b)) => std::ptr::eq(a, b),
         (a, b) => a.is_none() && b.is_none(),
     };
-    let mut segments: Vec<LoraSegment<'a, Adapter>> = Vec::new();
+    let mut segments: Vec<LoraSegment<'a, A>> = Vec::new();
     for (row, adapter) in adapters.iter().enumerate() {
         match segments.last_mut() {
             Some(last) if same(last.adapter, *adapter) => last.rows += 1,

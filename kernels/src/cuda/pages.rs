@@ -1,0 +1,273 @@
+//! The page pool on the device: equal pages, each of which is a KV block over all layers or a piece of one adapter.
+//!
+//! Every page has an epoch, counted up whenever it changes owner: odd while an adapter owns it, even while it is KV or
+//! free. Which KV block belongs to which sequence is the scheduler's affair; the pool only keeps the two kinds apart.
+//!
+//! **Why sharing is sound.** KV is read and written by work on [`Stream::Compute`], adapters are written on [`Stream::Copy`] and
+//! read on the former. What orders them, whichever way a page goes:
+//!
+//! - *KV or an adapter, then another adapter*: taking a page borrows the pool mutably, so no step that names it as KV is
+//!   enqueued from then on ([`CudaPages::check`] refuses it), and who had it as an adapter has dropped it. Steps enqueued before
+//!   may still run: [`CudaPageSet::begin`] lets the copies wait for all of them.
+//! - *An adapter, then KV*: dropping the set lets the steps enqueued from then on wait for its copies, whether the
+//!   adapter was ever used or not; its readers are earlier steps. Then its epoch becomes even.
+//! - *Written, then read*: [`CudaPageSet::settle`], before the first step with the adapter is enqueued, lets steps wait for its copies.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::device::{Address, Device, Element, Memory, Stream};
+use crate::{AttentionSpec, KernelError};
+
+const ALIGNED: usize = 256;
+
+/// Bytes of a page: for each layer and key-value head the keys of a block, `[block_size][head_dim]`, then its values, rounded
+/// up to 256.
+#[must_use]
+pub fn page_bytes(spec: &AttentionSpec, layers: usize, element: Element) -> usize {
+    let numbers = layers * spec.kv_heads * 2 * spec.block_size * spec.head_dim;
+    (numbers * element.bytes()).next_multiple_of(ALIGNED)
+}
+
+/// A pool of pages that hold KV blocks or adapters.
+#[derive(Debug)]
+pub struct CudaPages<D: Device> {
+    arena: Arc<Arena<D>>,
+}
+
+/// Pages that belong to one adapter, in the order they were asked for. Dropping it, on any thread, gives them back.
+#[derive(Debug)]
+pub struct CudaPageSet<D: Device> {
+    arena: Arc<Arena<D>>,
+    pages: Vec<Taken>,
+    /// Where the copies into them end, until steps wait for it.
+    written: Mutex<Option<D::Event>>,
+}
+
+/// A page and the epoch it was taken with.
+#[derive(Clone, Copy, Debug)]
+struct Taken {
+    page: u32,
+    epoch: u64,
+}
+
+/// The memory of all pages, and who owns them.
+#[derive(Debug)]
+struct Arena<D: Device> {
+    device: Arc<D>,
+    memory: Memory<D>,
+    page_bytes: usize,
+    epochs: Box<[AtomicU64]>,
+}
+
+impl<D: Device> Arena<D> {
+    fn epoch(&self, page: u32) -> Option<u64> {
+        Some(self.epochs.get(page as usize)?.load(Ordering::Acquire))
+    }
+
+    fn address(&self, page: u32) -> Address {
+        self.memory.address().plus(page as usize * self.page_bytes)
+    }
+}
+
+fn wrong(page: u32, what: &'static str) -> KernelError {
+    KernelError::Page { page, what }
+}
+
+impl<D: Device> CudaPages<D> {
+    /// `pages` pages, all of them free; what is in them is undefined.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]
+    pub fn new(device: &Arc<D>, pages: usize, page_bytes: usize) -> Result<Self, KernelError> {
+        let bytes = pages.checked_mul(page_bytes).filter(|_| u32::try_from(pages).is_ok());
+        let bytes = bytes.ok_or(KernelError::OutOfMemory { what: "the page pool", bytes: usize::MAX })?;
+        let memory = Memory::new(device, bytes)?;
+        let epochs = (0..pages).map(|_| AtomicU64::new(0)).collect();
+        Ok(Self { arena: Arc::new(Arena { device: Arc::clone(device), memory, page_bytes, epochs }) })
+    }
+
+    /// Page 0.
+    #[must_use]
+    pub fn address(&self) -> Address {
+        self.arena.memory.address()
+    }
+
+    /// Bytes of a page.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        self.arena.page_bytes
+    }
+
+    /// Pages.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.arena.epochs.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.arena.epochs.is_empty()
+    }
+
+    /// Makes the pages an adapter's.
+    ///
+    /// # Errors
+    /// [`KernelError::Page`] for a page that does not exist or is an adapter's already; then none has been taken.
+    pub fn take(&mut self, pages: &[u32]) -> Result<CudaPageSet<D>, KernelError> {
+        // On an error the set's drop gives back what it has so far.
+        let pages_taken = Vec::with_capacity(pages.len());
+        let mut set = CudaPageSet { arena: Arc::clone(&self.arena), pages: pages_taken, written: Mutex::new(None) };
+        for &page in pages {
+            let epoch = self.arena.epoch(page).ok_or_else(|| wrong(page, "does not exist in this pool"))?;
+            if !epoch.is_multiple_of(2) {
+                return Err(wrong(page, "belongs to an adapter already"));
+            }
+            // Only sets' drops change an epoch beside this, and those only make an odd one even.
+            self.arena.epochs[page as usize].store(epoch + 1, Ordering::Release);
+            set.pages.push(Taken { page, epoch: epoch + 1 });
+        }
+        Ok(set)
+    }
+
+    /// Whether all pages of these block tables can be used as KV.
+    ///
+    /// # Errors
+    /// [`KernelError::Page`] for one that does not exist or holds an adapter.
+    pub fn check(&self, block_tables: &[u32]) -> Result<(), KernelError> {
+        for &page in block_tables {
+            match self.arena.epoch(page) {
+                Some(epoch) if epoch.is_multiple_of(2) => {}
+                Some(_) => return Err(wrong(page, "is in a block table, but an adapter owns it")),
+                None => return Err(wrong(page, "is in a block table, but does not exist in this pool")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills all pages that no adapter owns with NaN, whatever the element: tests show by it that nothing unwritten is read.
+    ///
+    /// # Errors
+    /// A device failure.
+    pub fn poison(&mut self) -> Result<(), KernelError> {
+        let nan = vec![0xff; self.page_bytes()];
+        for page in (0..self.len() as u32).filter(|page| self.check(&[*page]).is_ok()) {
+            // SAFETY: one page of the arena, which is KV or free.
+            unsafe { self.arena.device.write(Stream::Compute, self.arena.address(page), &nan)? };
+        }
+        Ok(())
+    }
+
+    /// A page's bytes once the steps so far are done, for tests.
+    ///
+    /// # Errors
+    /// A device failure.
+    ///
+    /// # Panics
+    /// When there is no such page.
+    pub fn read(&self, page: u32) -> Result<Vec<u8>, KernelError> {
+        self.arena.memory.read(page as usize * self.page_bytes(), self.page_bytes())
+    }
+}
+
+impl<D: Device> CudaPageSet<D> {
+    /// Pages.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+
+    /// Bytes of a page.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        self.arena.page_bytes
+    }
+
+    /// The device they are on.
+    #[must_use]
+    pub fn device(&self) -> &Arc<D> {
+        &self.arena.device
+    }
+
+    /// Where the set's page number `index` is.
+    ///
+    /// # Panics
+    /// When there are not so many.
+    #[must_use]
+    pub fn address(&self, index: usize) -> Address {
+        self.arena.address(self.pages[index].page)
+    }
+
+    /// Whether the pages are still this set's.
+    ///
+    /// # Errors
+    /// [`KernelError::Page`] for one that has changed owner since, which nothing but an error in this room can bring about.
+    pub fn check(&self) -> Result<(), KernelError> {
+        let lost = self.pages.iter().find(|taken| self.arena.epoch(taken.page) != Some(taken.epoch));
+        lost.map_or(Ok(()), |taken| Err(wrong(taken.page, "has changed owner since its adapter was loaded")))
+    }
+
+    /// Lets what is copied from now on wait for all steps enqueued so far: they may still use the pages.
+    ///
+    /// # Errors
+    /// A device failure.
+    pub(super) fn begin(&self) -> Result<(), KernelError> {
+        let device = self.device();
+        device.wait(Stream::Copy, &device.record(Stream::Compute)?)
+    }
+
+    /// Copies `bytes` to the start of the set's page number `index`, beside the steps.
+    ///
+    /// # Errors
+    /// A device failure.
+    ///
+    /// # Panics
+    /// When they leave the page.
+    pub(super) fn write(&mut self, index: usize, bytes: &[u8]) -> Result<(), KernelError> {
+        assert!(bytes.len() <= self.page_bytes(), "{} bytes leave a page", bytes.len());
+        // SAFETY: within a page that is this set's alone.
+        unsafe { self.device().write(Stream::Copy, self.address(index), bytes) }
+    }
+
+    /// Says that copies end here.
+    ///
+    /// # Errors
+    /// A device failure.
+    pub(super) fn finish(&mut self) -> Result<(), KernelError> {
+        let event = self.device().record(Stream::Copy)?;
+        *self.written.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(event);
+        Ok(())
+    }
+
+    /// Lets the steps enqueued from now on wait for what was copied.
+    ///
+    /// # Errors
+    /// A device failure.
+    pub fn settle(&self) -> Result<(), KernelError> {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(event) = written.as_ref() {
+            self.device().wait(Stream::Compute, event)?;
+            *written = None;
+        }
+        Ok(())
+    }
+}
+
+impl<D: Device> Drop for CudaPageSet<D> {
+    fn drop(&mut self) {
+        // A device that refuses this has failed, and runs no further step.
+        let _ = self.settle();
+        for Taken { page, epoch } in self.pages.drain(..) {
+            // A page that were not this set's any more would be left alone.
+            let mine = &self.arena.epochs[page as usize];
+            let _ = mine.compare_exchange(epoch, epoch.wrapping_add(1), Ordering::AcqRel, Ordering::Relaxed);
+        }
+    }
+}

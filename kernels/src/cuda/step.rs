@@ -1,0 +1,174 @@
+//! What kernels know of a step: rows, sequences, block tables, adapters of runs of rows, at addresses that stay.
+//!
+//! A recorded graph has the addresses and the largest sizes in it; how many rows, sequences and segments there really are is
+//! in [`Counts`], which kernels read. So one graph serves every step of its size, whatever adapters are in it.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::device::{Address, Device, Memory};
+use crate::{KernelError, StepRows};
+
+/// `Counts` in `include/step.cuh`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Counts {
+    /// Rows of the step.
+    pub rows: u32,
+    /// Its sequences.
+    pub sequences: u32,
+    /// Runs of rows that share an adapter or have none; 0 when no row has one.
+    pub segments: u32,
+    /// 0
+    pub unused: u32,
+}
+
+/// `Sequence` in `include/step.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Sequence {
+    /// First row.
+    pub row: u32,
+    /// Rows.
+    pub rows: u32,
+    /// First entry in the block tables.
+    pub table: u32,
+    /// Entries there.
+    pub blocks: u32,
+}
+
+/// `Segment` in `include/step.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Segment {
+    /// First row.
+    pub row: u32,
+    /// Rows.
+    pub rows: u32,
+    /// The adapter's sites on the device; 0 for the base model alone.
+    pub adapter: Address,
+}
+
+/// `Step` in `include/step.cuh`: passed to kernels by value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Step {
+    /// One [`Counts`].
+    pub counts: Address,
+    /// `[rows]` u32
+    pub tokens: Address,
+    /// `[rows]` u32
+    pub positions: Address,
+    /// `[rows]` u32: the number of each row's sequence.
+    pub row_sequence: Address,
+    /// `[sequences]` of [`Sequence`]
+    pub sequences: Address,
+    /// u32: page numbers.
+    pub block_tables: Address,
+    /// `[segments]` of [`Segment`]
+    pub segments: Address,
+}
+
+/// Room for the largest step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Rows, and so sequences and segments.
+    pub rows: usize,
+    /// Entries of all block tables.
+    pub table_entries: usize,
+}
+
+/// The memory of one step.
+#[derive(Debug)]
+pub struct StepMemory<D: Device> {
+    limits: StepLimits,
+    memory: Memory<D>,
+    /// What was written last, as it lies on the device.
+    host: Vec<u8>,
+    view: Step,
+}
+
+const ALIGNED: usize = 256;
+
+impl<D: Device> StepMemory<D> {
+    /// Room for steps within `limits`.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]
+    pub fn new(device: &Arc<D>, limits: StepLimits) -> Result<Self, KernelError> {
+        let rows = limits.rows;
+        let sizes = [
+            size_of::<Counts>(),
+            rows * 4,
+            rows * 4,
+            rows * 4,
+            rows * size_of::<Sequence>(),
+            limits.table_entries * 4,
+            rows * size_of::<Segment>(),
+        ];
+        let total: usize = sizes.iter().map(|size| size.next_multiple_of(ALIGNED)).sum();
+        let memory = Memory::new(device, total)?;
+        let mut offset = 0;
+        let [counts, tokens, positions, row_sequence, sequences, block_tables, segments] = sizes.map(|size| {
+            let address = memory.address().plus(offset);
+            offset += size.next_multiple_of(ALIGNED);
+            address
+        });
+        let view = Step { counts, tokens, positions, row_sequence, sequences, block_tables, segments };
+        Ok(Self { limits, memory, host: vec![0; total], view })
+    }
+
+    /// What it has room for.
+    #[must_use]
+    pub fn limits(&self) -> StepLimits {
+        self.limits
+    }
+
+    /// Where kernels find it.
+    #[must_use]
+    pub fn view(&self) -> Step {
+        self.view
+    }
+
+    /// Copies a step to the device, in one copy.
+    ///
+    /// # Errors
+    /// A device failure.
+    ///
+    /// # Panics
+    /// When it is larger than the limits.
+    pub fn write(&mut self, step: &StepRows<'_>, segments: &[Segment]) -> Result<(), KernelError> {
+        let (rows, limits) = (step.tokens.len(), self.limits);
+        assert!(rows <= limits.rows && segments.len() <= limits.rows, "{rows} rows, {} segments", segments.len());
+        assert!(step.block_tables.len() <= limits.table_entries, "{} table entries", step.block_tables.len());
+        let sequences: Vec<Sequence> = step
+            .sequences
+            .iter()
+            .map(|s| Sequence {
+                row: s.row as u32,
+                rows: s.rows as u32,
+                table: s.table as u32,
+                blocks: s.blocks as u32,
+            })
+            .collect();
+        let row_sequence: Vec<u32> =
+            (0..).zip(&sequences).flat_map(|(number, s)| std::iter::repeat_n(number, s.rows as usize)).collect();
+        let counts =
+            Counts { rows: rows as u32, sequences: sequences.len() as u32, segments: segments.len() as u32, unused: 0 };
+        let view = self.view;
+        self.put(view.counts, bytemuck::bytes_of(&counts));
+        self.put(view.tokens, bytemuck::cast_slice(step.tokens));
+        self.put(view.positions, bytemuck::cast_slice(step.positions));
+        self.put(view.row_sequence, bytemuck::cast_slice(&row_sequence));
+        self.put(view.sequences, bytemuck::cast_slice(&sequences));
+        self.put(view.block_tables, bytemuck::cast_slice(step.block_tables));
+        self.put(view.segments, bytemuck::cast_slice(segments));
+        self.memory.write(0, &self.host)
+    }
+
+    fn put(&mut self, at: Address, bytes: &[u8]) {
+        let offset = (at.0 - self.memory.address().0) as usize;
+        self.host[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+}

@@ -1,0 +1,10 @@
+//! The CUDA kernels on the host: their own sources, under the address sanitiser, against the references.
+
+mod attention;
+mod backend;
+mod emulator;
+mod lora;
+mod rope;
+mod rows;
+mod sample;
+mod support;
