@@ -35,8 +35,9 @@
 //                                with the masked halves of tiles at the edge 0.3 to 0.35 is expected. Keys and values come
 //                                out of the L2 cache once for 192 pairs, 0.36 GB.
 //
-// Registers and spills as NVRTC 13.0 reports them for sm_80, sm_89, sm_90a and sm_100: no spills; attention_few at most 150, so that 3
-// blocks fit; attention_many at most 168, the most that 12 warps can have; its small form up to 250, one block of 4 warps.
+// Registers as NVRTC 13.0 reports them for sm_80, sm_89, sm_90a and sm_100: attention_few at most 150, so that 3 blocks fit;
+// attention_many at most 168, the most that 12 warps can have; its small form up to 247, one block of 4 warps. What spills is in
+// allowed-local-memory.txt: nothing that those devices launch.
 //
 //   shared memory    heads of 64    96      128     256 elements
 //   few              38 KiB         54      70      73            3 blocks of a multiprocessor

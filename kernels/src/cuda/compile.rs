@@ -9,7 +9,6 @@
 //!
 //! A file that is cut off or changed is compiled again, never loaded.
 
-use std::env;
 use std::ffi::{CStr, CString, c_char};
 use std::fmt;
 use std::fs;
@@ -126,9 +125,7 @@ pub struct Progress<'a> {
 /// Where compiled kernels are kept: `$OPENLORA_HOME/kernels`, or `~/.cache/openlora/kernels`.
 #[must_use]
 pub fn cache_folder() -> Option<PathBuf> {
-    let path = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let home = path("OPENLORA_HOME").or_else(|| path("HOME").map(|home| home.join(".cache/openlora")))?;
-    Some(home.join("kernels"))
+    Some(super::library::home()?.join("kernels"))
 }
 
 /// NVRTC with a cache.

@@ -100,6 +100,16 @@ impl Kind {
     }
 }
 
+/// Where this program keeps things between runs: `$OPENLORA_HOME`, or `~/.cache/openlora`.
+pub(crate) fn home() -> Option<PathBuf> {
+    variable("OPENLORA_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache/openlora")))
+}
+
+/// The path in a variable of the environment that is set to one.
+fn variable(name: &str) -> Option<PathBuf> {
+    env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
 /// Where libraries are looked for: first a file or folder that the environment names, then where the dynamic loader looks
 /// (`LD_LIBRARY_PATH`, the system's cache), then these folders.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -115,24 +125,26 @@ pub struct Places {
 }
 
 impl Places {
-    /// What the environment says, and where toolkits and pip put their libraries.
+    /// What the environment says, and where toolkits, pip and `scripts/fetch-nvrtc.sh` put their libraries.
     #[must_use]
     pub fn from_environment() -> Self {
-        let path = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let named = |kind: Kind| kind.variable().and_then(path);
+        let named = |kind: Kind| kind.variable().and_then(variable);
         let mut folders =
             vec!["/usr/local/nvidia/lib64".into(), "/usr/local/nvidia/lib".into(), "/usr/lib/wsl/lib".into()];
-        for root in ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(path) {
+        for root in ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable) {
             folders.push(root.join("lib64"));
         }
         folders.push("/usr/local/cuda/lib64".into());
-        let mut toolkits = matching(Path::new("/usr/local"), "cuda-");
-        toolkits.sort();
-        folders.extend(toolkits.into_iter().rev().map(|toolkit| toolkit.join("lib64")));
+        let newest_first = |mut versions: Vec<PathBuf>| {
+            versions.sort();
+            versions.into_iter().rev()
+        };
+        let toolkits = matching(Path::new("/usr/local"), "cuda-");
+        folders.extend(newest_first(toolkits).map(|toolkit| toolkit.join("lib64")));
         folders.push("/opt/cuda/lib64".into());
 
         // Prefixes of Python installations: the environment in use, what `python3` on PATH belongs to, the system, the user.
-        let mut prefixes: Vec<PathBuf> = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(path).collect();
+        let mut prefixes: Vec<PathBuf> = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(variable).collect();
         let search = env::var_os("PATH").unwrap_or_default();
         prefixes.extend(
             env::split_paths(&search)
@@ -140,7 +152,7 @@ impl Places {
                 .filter_map(|bin| bin.parent().map(Path::to_owned)),
         );
         prefixes.extend(["/usr/local".into(), "/usr".into()]);
-        prefixes.extend(path("HOME").map(|home| home.join(".local")));
+        prefixes.extend(variable("HOME").map(|home| home.join(".local")));
         for prefix in prefixes {
             let mut lib = vec![prefix.join("lib")];
             lib.extend(matching(&prefix.join("lib"), "python3"));
@@ -152,6 +164,8 @@ impl Places {
                 }
             }
         }
+        let fetched = home().map(|home| matching(&home.join("nvrtc"), ""));
+        folders.extend(newest_first(fetched.unwrap_or_default()));
         let mut seen = std::collections::HashSet::new();
         folders.retain(|folder: &PathBuf| seen.insert(folder.clone()));
         Self { nvrtc: named(Kind::Nvrtc), cublaslt: named(Kind::CublasLt), loader: true, folders }

@@ -333,7 +333,7 @@ fn attention_agrees_with_its_reference_in_f16() {
 
 #[test]
 fn attention_agrees_with_its_reference_in_f32() {
-    sanitised(|| agrees_with_reference(Element::F32, &[20, 64, 80, 96, 128, 256]));
+    sanitised(|| agrees_with_reference(Element::F32, &[20, 64, 256]));
 }
 
 /// The kernels for devices with less shared memory have other blocks, and the same results.

@@ -1,10 +1,10 @@
 //! Adapters on linears and on the embedding table, against the definition and against themselves.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use half::{bf16, f16};
-use openlora_kernels::cuda::device::{Address, Device, Element, Gemm, Launch, Memory, Properties, Stream};
+use openlora_kernels::cuda::device::{Device, Element, Memory, Stream};
 use openlora_kernels::cuda::emulated::Emulated;
 use openlora_kernels::cuda::lora::{CudaAdapter, LoraLimits, LoraLinear, LoraPlan};
 use openlora_kernels::cuda::pages::CudaPages;
@@ -17,10 +17,10 @@ use rand::{Rng, SeedableRng};
 
 use crate::support::{emulated, emulated_with, sanitised};
 
-const LAYERS: usize = 2;
+pub(crate) const LAYERS: usize = 2;
 const RANKS: [usize; 7] = [1, 3, 8, 16, 17, 64, 256];
 /// Pages that hold most factors of these tests whole.
-const PAGE: usize = 1 << 17;
+pub(crate) const PAGE: usize = 1 << 17;
 
 fn random(rng: &mut StdRng, len: usize, scale: f32) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-scale..scale)).collect()
@@ -46,7 +46,13 @@ fn matrix(rng: &mut StdRng, element: Element, rows: usize, cols: usize, scale: f
     Matrix { rows, cols, elements }
 }
 
-fn site(rng: &mut StdRng, site: Site, (inputs, outputs): (usize, usize), rank: usize, element: Element) -> SiteWeights {
+pub(crate) fn site(
+    rng: &mut StdRng,
+    site: Site,
+    (inputs, outputs): (usize, usize),
+    rank: usize,
+    element: Element,
+) -> SiteWeights {
     SiteWeights {
         site,
         a: matrix(rng, element, rank, inputs, 1.0 / (inputs as f32).sqrt()),
@@ -59,13 +65,13 @@ fn site(rng: &mut StdRng, site: Site, (inputs, outputs): (usize, usize), rank: u
 
 /// Weights and DoRA's output scales of one adapter.
 #[derive(Clone)]
-struct Adapter {
-    weights: AdapterWeights,
-    output_scales: Vec<Option<Vec<f32>>>,
+pub(crate) struct Adapter {
+    pub(crate) weights: AdapterWeights,
+    pub(crate) output_scales: Vec<Option<Vec<f32>>>,
 }
 
 impl Adapter {
-    fn new(rng: &mut StdRng, mut sites: Vec<SiteWeights>, (b_bias, dora): (bool, bool)) -> Self {
+    pub(crate) fn new(rng: &mut StdRng, mut sites: Vec<SiteWeights>, (b_bias, dora): (bool, bool)) -> Self {
         for site in &mut sites {
             site.b_bias = b_bias.then(|| random(rng, site.b.rows, 1.0));
         }
@@ -98,12 +104,12 @@ impl Adapter {
 
 /// A fused linear of three sites and a step of rows with mixed adapters.
 #[derive(Clone)]
-struct World {
+pub(crate) struct World {
     element: Element,
     out_element: Element,
     page_bytes: usize,
     linear: LoraLinear,
-    adapters: Vec<Adapter>,
+    pub(crate) adapters: Vec<Adapter>,
     /// (rows, adapter) of each segment.
     segments: Vec<(usize, Option<usize>)>,
     x: Vec<f32>,
@@ -113,7 +119,12 @@ struct World {
 }
 
 impl World {
-    fn new(element: Element, inputs: usize, outputs: [usize; 3], segments: Vec<(usize, Option<usize>)>) -> Self {
+    pub(crate) fn new(
+        element: Element,
+        inputs: usize,
+        outputs: [usize; 3],
+        segments: Vec<(usize, Option<usize>)>,
+    ) -> Self {
         let mut rng = StdRng::seed_from_u64(3);
         let mut start = 0;
         let spans = [Module::Q, Module::K, Module::V].into_iter().zip(outputs).map(|(module, outputs)| {
@@ -145,7 +156,7 @@ impl World {
     }
 
     /// Adds an adapter with ranks for q, k and v; 0 leaves a site out.
-    fn add(&mut self, rng: &mut StdRng, ranks: [usize; 3], extras: (bool, bool)) {
+    pub(crate) fn add(&mut self, rng: &mut StdRng, ranks: [usize; 3], extras: (bool, bool)) {
         let sites = self.linear.sites.iter().zip(ranks).filter(|(_, rank)| *rank > 0);
         let sites = sites
             .map(|(span, rank)| site(rng, span.site, (self.linear.inputs, span.outputs.len()), rank, self.element));
@@ -184,7 +195,7 @@ impl World {
 
     /// Fails unless what comes out is what the definition says, as close as the element allows.
     #[track_caller]
-    fn check(&self, what: &str) -> Vec<f32> {
+    pub(crate) fn check(&self, what: &str) -> Vec<f32> {
         let found = self.run();
         // z is rounded to the element, and so is the sum; the latter not where it is f32.
         let tolerance = match (self.element, self.out_element) {
@@ -209,23 +220,23 @@ fn assert_close(found: &[f32], expected: &[f32], base: &[f32], tolerance: f32, w
     }
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     assert!(values.iter().all(|value| value.is_finite()), "something was read that nobody wrote");
     values.iter().map(|value| value.to_bits()).collect()
 }
 
 /// A world on a device.
-struct Loaded<'a> {
+pub(crate) struct Loaded<'a> {
     world: &'a World,
     device: Arc<Emulated>,
-    adapters: Vec<CudaAdapter<Emulated>>,
+    pub(crate) adapters: Vec<CudaAdapter<Emulated>>,
     plan: LoraPlan<Emulated>,
     step: StepMemory<Emulated>,
     bias: Option<Memory<Emulated>>,
 }
 
 impl<'a> Loaded<'a> {
-    fn new(world: &'a World, device: &Arc<Emulated>) -> Self {
+    pub(crate) fn new(world: &'a World, device: &Arc<Emulated>) -> Self {
         let adapters =
             world.adapters.iter().map(|adapter| adapter.load(device, world.element, world.page_bytes)).collect();
         let ranks = world.adapters.iter().map(|adapter| adapter.weights.rank_max());
@@ -277,7 +288,7 @@ impl<'a> Loaded<'a> {
     }
 
     /// What comes out for some of the world's rows, with the segments given.
-    fn run(&mut self, rows: Range<usize>, segments: &[(usize, Option<usize>)]) -> Vec<f32> {
+    pub(crate) fn run(&mut self, rows: Range<usize>, segments: &[(usize, Option<usize>)]) -> Vec<f32> {
         self.write(segments);
         let (x, mut out) = self.tensors(rows.clone());
         self.launch(&x, &mut out, rows.len()).expect("launched");
@@ -747,189 +758,4 @@ fn run_one(sizes: (usize, usize), rank: usize) {
     let plan = LoraPlan::new(&device, Element::Bf16, &[linear], limits).expect("memory");
     let segments = [LoraSegment { row: 0, rows: 1, adapter: Some(&adapter) }];
     plan.segments(&LoraRows { segments: &segments }).expect("own pages");
-}
-
-fn message<T: std::fmt::Debug>(result: Result<T, KernelError>) -> String {
-    result.expect_err("refused").to_string()
-}
-
-#[test]
-fn a_page_has_one_owner_until_it_is_given_back() {
-    let mut pool = CudaPages::new(&emulated(), 4, 512).expect("memory");
-    let set = pool.take(&[2, 0]).expect("free");
-    assert_eq!(message(pool.take(&[1, 2])), "page 2 belongs to an adapter already");
-    assert_eq!(message(pool.take(&[3, 3])), "page 3 belongs to an adapter already");
-    assert_eq!(message(pool.take(&[3, 4])), "page 4 does not exist in this pool");
-    assert_eq!(message(pool.check(&[1, 3, 0])), "page 0 is in a block table, but an adapter owns it");
-    assert_eq!(message(pool.check(&[4])), "page 4 is in a block table, but does not exist in this pool");
-    pool.check(&[1, 3]).expect("what could not be taken together was not taken at all");
-    set.check().expect("both are the set's");
-    assert_eq!(set.address(1), pool.address());
-    assert_eq!(set.address(0), pool.address().plus(2 * 512));
-    std::thread::spawn(move || drop(set)).join().expect("no panic");
-    pool.check(&[0, 1, 2, 3]).expect("all are free");
-    drop(pool.take(&[0, 1, 2, 3]).expect("all are free"));
-}
-
-#[test]
-fn pages_that_change_owner_give_the_same_bits_and_others_keep_theirs() {
-    sanitised(|| {
-        let mut world = World::new(Element::Bf16, 70, [90, 33, 64], vec![(7, Some(0))]);
-        world.add(&mut StdRng::seed_from_u64(18), [40, 3, 17], (true, false));
-        let expected = bits(&world.check("fresh pages"));
-        let (device, adapter, page_bytes) = (emulated(), &world.adapters[0], 1_280);
-        let needed = CudaAdapter::<Emulated>::pages_needed(&adapter.weights.sizes(), page_bytes, Element::Bf16);
-        assert!(needed >= 4, "{needed} pages");
-        let count = needed as u32 + 2;
-        let mut pool = CudaPages::new(&device, count as usize, page_bytes).expect("memory");
-        let mut loaded = Loaded::new(&world, &device);
-        for round in 0..count {
-            // Every page was an adapter's and KV before.
-            pool.poison().expect("poisoned");
-            let mut order: Vec<u32> = (0..count).map(|page| (page + round) % count).collect();
-            if round % 2 == 1 {
-                order.reverse();
-            }
-            let (kv, pages) = order.split_at(2);
-            let set = pool.take(pages).expect("free pages");
-            let weights = &adapter.weights;
-            loaded.adapters =
-                vec![CudaAdapter::load(weights, &adapter.output_scales, LAYERS, Element::Bf16, set).expect("it fits")];
-            assert!(kv.iter().all(|page| pool.read(*page).expect("read").iter().all(|byte| *byte == 0xff)));
-            assert_eq!(bits(&loaded.run(0..7, &[(7, Some(0))])), expected, "round {round}");
-            pool.check(kv).expect("KV beside it");
-            pool.check(&pages[..1]).expect_err("the adapter's");
-            pool.poison().expect("poisoned");
-            assert_eq!(bits(&loaded.run(0..7, &[(7, Some(0))])), expected, "round {round}, after KV was written");
-            loaded.adapters.clear();
-        }
-    });
-}
-
-/// The emulated device, and in which order streams were told what.
-#[derive(Debug)]
-struct Recorder {
-    inner: Arc<Emulated>,
-    log: Mutex<Vec<String>>,
-}
-
-impl Recorder {
-    fn note(&self, what: String) {
-        self.log.lock().expect("no panic").push(what);
-    }
-    fn noted(&self) -> Vec<String> {
-        let mut log = std::mem::take(&mut *self.log.lock().expect("no panic"));
-        log.dedup();
-        log
-    }
-}
-
-impl Device for Recorder {
-    type Graph = <Emulated as Device>::Graph;
-    type Event = Stream;
-
-    fn properties(&self) -> &Properties {
-        self.inner.properties()
-    }
-    fn memory_free(&self) -> Result<usize, KernelError> {
-        self.inner.memory_free()
-    }
-    fn allocate(&self, bytes: usize) -> Result<Address, KernelError> {
-        self.inner.allocate(bytes)
-    }
-    fn free(&self, address: Address, bytes: usize) {
-        self.note("free".into());
-        self.inner.free(address, bytes);
-    }
-    unsafe fn write(&self, stream: Stream, to: Address, bytes: &[u8]) -> Result<(), KernelError> {
-        self.note(format!("{stream:?} writes"));
-        // SAFETY: the caller's promise.
-        unsafe { self.inner.write(stream, to, bytes) }
-    }
-    unsafe fn read(&self, stream: Stream, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.inner.read(stream, from, bytes) }
-    }
-    unsafe fn zero(&self, stream: Stream, at: Address, bytes: usize) -> Result<(), KernelError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.inner.zero(stream, at, bytes) }
-    }
-    unsafe fn launch(&self, stream: Stream, launch: &Launch<'_>) -> Result<(), KernelError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.inner.launch(stream, launch) }
-    }
-    unsafe fn gemm(&self, stream: Stream, gemm: &Gemm) -> Result<(), KernelError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.inner.gemm(stream, gemm) }
-    }
-    fn capture(&self, record: &mut dyn FnMut() -> Result<(), KernelError>) -> Result<Self::Graph, KernelError> {
-        self.inner.capture(record)
-    }
-    unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), KernelError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.inner.replay(graph) }
-    }
-    fn record(&self, stream: Stream) -> Result<Stream, KernelError> {
-        self.note(format!("{stream:?} is marked"));
-        Ok(stream)
-    }
-    fn wait(&self, stream: Stream, event: &Stream) -> Result<(), KernelError> {
-        self.note(format!("{stream:?} waits for {event:?}"));
-        Ok(())
-    }
-    fn synchronise(&self) -> Result<(), KernelError> {
-        self.inner.synchronise()
-    }
-}
-
-/// Copies wait for the steps that may still read the pages; steps wait for the copies, once, before the first that reads them,
-/// or when an adapter goes that none has used, loaded or not.
-#[test]
-fn streams_wait_for_each_other_where_pages_change_hands() {
-    let device = Arc::new(Recorder { inner: emulated(), log: Mutex::default() });
-    let mut rng = StdRng::seed_from_u64(19);
-    let place = Site { layer: 1, module: Module::K };
-    let span = SiteSpan { site: place, index: place.index(LAYERS), outputs: 0..20 };
-    let first = site(&mut rng, place, (33, 20), 3, Element::F32);
-    let adapter = Adapter::new(&mut rng, vec![first], (false, false));
-    let linear = LoraLinear { sites: vec![span], inputs: 33, outputs: 20, bias: false, embedding: false };
-    let limits = LoraLimits { rows: 4, segments: 4, rank: 8 };
-    let plan = LoraPlan::new(&device, Element::F16, &[linear], limits).expect("memory");
-    let mut pool = CudaPages::new(&device, 1, PAGE).expect("memory");
-    device.noted();
-    const LOADED: [&str; 4] = ["Compute is marked", "Copy waits for Compute", "Copy writes", "Copy is marked"];
-    let mut load = |adapter: &Adapter| {
-        let pages = pool.take(&[0]).expect("free");
-        CudaAdapter::load(&adapter.weights, &adapter.output_scales, LAYERS, Element::F16, pages)
-    };
-
-    let used = load(&adapter).expect("it fits");
-    assert_eq!(device.noted(), LOADED);
-    let segments = [LoraSegment { row: 0, rows: 1, adapter: Some(&used) }];
-    for waits in [&["Compute waits for Copy"][..], &[]] {
-        plan.segments(&LoraRows { segments: &segments }).expect("own pages");
-        assert_eq!(device.noted(), waits);
-    }
-    drop(used);
-    assert_eq!(device.noted(), ["free"]);
-
-    drop(load(&adapter).expect("it fits"));
-    assert_eq!(device.noted(), [&LOADED[..], &["Compute waits for Copy", "free"]].concat());
-
-    // The second site is refused when the first is on its way.
-    let mut broken = adapter.clone();
-    let mut second = site(&mut rng, Site { layer: 1, module: Module::V }, (33, 9_000), 8, Element::F32);
-    let Elements::F32(numbers) = &mut second.b.elements else { unreachable!("made so") };
-    *numbers.last_mut().expect("some") = 1e9;
-    broken.weights.sites.push(second);
-    broken.output_scales.push(None);
-    let needed = CudaAdapter::<Recorder>::pages_needed(&broken.weights.sizes(), 20_480, Element::F16);
-    let mut pool = CudaPages::new(&device, needed, 20_480).expect("memory");
-    device.noted();
-    let pages: Vec<u32> = (0..needed as u32).collect();
-    let set = pool.take(&pages).expect("free");
-    let error = CudaAdapter::load(&broken.weights, &broken.output_scales, LAYERS, Element::F16, set).expect_err("1e9");
-    assert!(matches!(error, KernelError::AdapterRange { .. }), "{error}");
-    assert_eq!(device.noted(), [&LOADED[..], &["Compute waits for Copy"]].concat());
-    drop(pool.take(&pages).expect("free again"));
 }

@@ -4,6 +4,7 @@ mod attention;
 mod backend;
 mod emulator;
 mod lora;
+mod pages;
 mod rope;
 mod rows;
 mod sample;
