@@ -121,11 +121,7 @@ contract DatanetRegistry is AccessControl, BondVault {
         uint64 indexed datanet, uint32 indexed batch, bytes32 indexed root, uint32 count, address committer
     );
     event SnapshotTaken(
-        uint64 indexed datanet,
-        uint32 indexed snapshot,
-        bytes32 indexed root,
-        bytes32 metadataHash,
-        uint32 throughBatch
+        uint64 indexed datanet, uint32 indexed snapshot, bytes32 indexed root, bytes32 metadataHash, uint32 throughBatch
     );
     event Staked(uint64 indexed datanet, address indexed from, uint256 amount);
     event UnstakeRequested(uint64 indexed datanet, uint256 amount, uint64 unstakableAt);
@@ -407,9 +403,10 @@ contract DatanetRegistry is AccessControl, BondVault {
     /// @notice The leaf of a contribution: keccak256(keccak256(abi.encode(LEAF_DOMAIN, chain id, this contract, datanet,
     /// contributor, hash of the content))).
     function contributionLeaf(uint64 datanet, address contributor, bytes32 contentHash) public view returns (bytes32) {
-        return IndexedMerkle.leafOf(
-            abi.encode(LEAF_DOMAIN, block.chainid, address(this), datanet, contributor, contentHash)
-        );
+        return
+            IndexedMerkle.leafOf(
+                abi.encode(LEAF_DOMAIN, block.chainid, address(this), datanet, contributor, contentHash)
+            );
     }
 
     /// @notice When a contribution was committed with `batch`; 0 where the proof does not show that it was. Rejected

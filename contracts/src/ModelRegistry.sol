@@ -128,9 +128,8 @@ contract ModelRegistry is AccessControl {
         if (_bases[base].owner == address(0)) revert UnknownBase(base);
         uint32 depth = _keepParents(generation, base, parents);
         _keepSnapshots(generation, snapshots);
-        _generations[generation] = Generation(
-            owner, uint48(block.timestamp), depth, false, base, trainingManifestHash, metadataHash
-        );
+        _generations[generation] =
+            Generation(owner, uint48(block.timestamp), depth, false, base, trainingManifestHash, metadataHash);
         emit GenerationRegistered(generation, base, owner, parents, snapshots, trainingManifestHash, metadataHash);
     }
 

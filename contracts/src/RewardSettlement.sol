@@ -139,9 +139,7 @@ contract RewardSettlement is AccessControl, EIP712, Nonces, BondVault {
     /// @notice The proposal is gone; its epoch number is free again.
     event Rejected(uint64 indexed epoch, bytes32 indexed payoutRoot, Rejection reason);
     event Finalized(uint64 indexed epoch, bytes32 indexed payoutRoot, uint256 totalCumulative);
-    event Claimed(
-        address indexed account, uint64 indexed epoch, address recipient, uint256 amount, uint256 cumulative
-    );
+    event Claimed(address indexed account, uint64 indexed epoch, address recipient, uint256 amount, uint256 cumulative);
     /// @param reason Selector of the error that the entry alone would have reverted with; 0 where there was none.
     event ClaimSkipped(address indexed account, uint64 indexed epoch, uint256 cumulative, bytes4 reason);
     event TermsSet(uint256 bond, uint256 challengeWindow, uint256 arbitrationWindow);
@@ -337,7 +335,9 @@ contract RewardSettlement is AccessControl, EIP712, Nonces, BondVault {
         bytes32 digest = _hashTypedDataV4(
             keccak256(abi.encode(CLAIM_TYPEHASH, account, recipient, entry.cumulative, _useNonce(account), deadline))
         );
-        if (!SignatureChecker.isValidSignatureNowCalldata(account, digest, signature)) revert SignatureInvalid(account);
+        if (!SignatureChecker.isValidSignatureNowCalldata(account, digest, signature)) {
+            revert SignatureInvalid(account);
+        }
         return _claim(entry, recipient);
     }
 
@@ -356,6 +356,8 @@ contract RewardSettlement is AccessControl, EIP712, Nonces, BondVault {
             try this.claimInBatch(entries[i]) returns (uint256 amount) {
                 paid += amount;
             } catch (bytes memory reason) {
+                // casting to 'bytes4' is meant to cut: the selector is all that is kept
+                // forge-lint: disable-next-line(unsafe-typecast)
                 emit ClaimSkipped(entries[i].account, entries[i].epoch, entries[i].cumulative, bytes4(reason));
             }
         }
@@ -458,7 +460,11 @@ contract RewardSettlement is AccessControl, EIP712, Nonces, BondVault {
         TOKEN.safeTransfer(recipient, amount);
     }
 
-    function _openProposal(uint64 epoch, bytes32 payoutRoot, Status status) private view returns (Proposal storage open) {
+    function _openProposal(uint64 epoch, bytes32 payoutRoot, Status status)
+        private
+        view
+        returns (Proposal storage open)
+    {
         open = _proposal;
         if (open.status != status || open.epoch != epoch || open.payoutRoot != payoutRoot) {
             revert NoSuchProposal(epoch, payoutRoot, status);

@@ -15,7 +15,7 @@ library IndexedMerkle {
     uint256 internal constant DEPTH_MAX = 32;
 
     error ProofTooLong(uint256 depth, uint256 depthMax);
-    error IndexOutsideTree(uint256 index, uint256 leaves);
+    error IndexOutsideTree(uint256 index, uint256 depth);
 
     /// @notice The leaf for the encoded content of one entry. Hashed twice, so that its preimage has 32 bytes.
     function leafOf(bytes memory encoded) internal pure returns (bytes32) {
@@ -26,7 +26,7 @@ library IndexedMerkle {
     function rootOf(bytes32 leaf, uint256 index, bytes32[] calldata proof) internal pure returns (bytes32 node) {
         uint256 depth = proof.length;
         if (depth > DEPTH_MAX) revert ProofTooLong(depth, DEPTH_MAX);
-        if (index >> depth != 0) revert IndexOutsideTree(index, 1 << depth);
+        if (index >> depth != 0) revert IndexOutsideTree(index, depth);
         node = leaf;
         for (uint256 level = 0; level < depth; ++level) {
             bytes32 sibling = proof[level];
