@@ -36,14 +36,8 @@ impl Settles {
     /// The leaf of an account's cumulative amount, in the token's smallest unit.
     #[must_use]
     pub fn leaf(&self, account: Address, cumulative: u128) -> B256 {
-        let content = (
-            LEAF_DOMAIN,
-            U256::from(self.chain_id),
-            self.settlement,
-            account,
-            self.token,
-            U256::from(cumulative),
-        );
+        let content =
+            (LEAF_DOMAIN, U256::from(self.chain_id), self.settlement, account, self.token, U256::from(cumulative));
         keccak256(keccak256(content.abi_encode()))
     }
 }
@@ -80,8 +74,8 @@ impl PayoutTree {
     /// Builds the tree of `payouts`.
     ///
     /// # Errors
-    /// None or too many of them, accounts that are not strictly ascending (so that each has one leaf), an amount of 0,
-    /// or a sum above [`TOTAL_MAX`].
+    /// None or too many of them, accounts that are not strictly ascending (so that each has one leaf), or a
+    /// sum above [`TOTAL_MAX`].
     pub fn new(settles: &Settles, payouts: Vec<Payout>) -> Result<Self, SettlementError> {
         if payouts.is_empty() || payouts.len() > ACCOUNTS_MAX {
             return Err(SettlementError::Accounts { given: payouts.len(), max: ACCOUNTS_MAX });
@@ -91,9 +85,6 @@ impl PayoutTree {
         }
         let mut total = 0_u128;
         for Payout { account, cumulative } in &payouts {
-            if *cumulative == 0 {
-                return Err(SettlementError::NothingEarned { account: *account });
-            }
             total = total
                 .checked_add(*cumulative)
                 .filter(|total| *total <= TOTAL_MAX)
@@ -121,10 +112,20 @@ impl PayoutTree {
         &self.payouts
     }
 
+    /// What an account has earned.
+    #[must_use]
+    pub fn cumulative(&self, account: Address) -> u128 {
+        self.place(account).map_or(0, |index| self.payouts[index].cumulative)
+    }
+
+    fn place(&self, account: Address) -> Option<usize> {
+        self.payouts.binary_search_by_key(&account, |payout| payout.account).ok()
+    }
+
     /// An account's proof; none where it has earned nothing.
     #[must_use]
     pub fn proof(&self, account: Address) -> Option<Proof> {
-        let index = self.payouts.binary_search_by_key(&account, |payout| payout.account).ok()?;
+        let index = self.place(account)?;
         Some(Proof { index, cumulative: self.payouts[index].cumulative, siblings: self.levels.siblings(index) })
     }
 }
