@@ -286,12 +286,12 @@ contract DatanetsTest is Test {
         commit(1, ROOT);
         Refuser refuser = new Refuser();
         vm.deal(address(refuser), BOND);
-        refuser.call(address(registry), BOND, abi.encodeCall(registry.dispute, (datanet, 1, 0)));
+        refuser.perform(address(registry), BOND, abi.encodeCall(registry.dispute, (datanet, 1, 0)));
         token.setBlocked(address(refuser), true);
         vm.prank(arbiter);
         registry.resolve(datanet, 1, address(refuser), true, 100);
         vm.assertEq(registry.bondCredit(address(refuser)), BOND);
-        refuser.call(address(registry), 0, abi.encodeCall(registry.withdrawSlash, (anyone)));
+        refuser.perform(address(registry), 0, abi.encodeCall(registry.withdrawSlash, (anyone)));
         vm.assertEq(token.balanceOf(anyone), 50);
     }
 
