@@ -147,6 +147,7 @@ contract DatanetRegistry is AccessControl, BondVault {
     error WrongSnapshot(uint32 given, uint32 required);
     error BatchNotThere(uint32 given, uint32 last);
     error WrongBatchState(uint32 batch, BatchState state, BatchState required);
+    error WrongDisputer(address given, address disputer);
     error RootAlreadyCommitted(bytes32 root, uint32 batch);
     error EmptyRoot();
     error EmptyBatch();
@@ -321,8 +322,7 @@ contract DatanetRegistry is AccessControl, BondVault {
     /// @notice The arbiter's ruling. Upheld: the batch is rejected for good, the disputer's bond is credited back, and
     /// `slash` units of the stake are credited half to the disputer, half to the treasury. Dismissed: the bond goes to
     /// the treasury and the batch stands. `ArbitrationOver` when the time is up, `ExceedsStake`.
-    /// @param disputer Must be who disputed (`WrongBatchState` where nobody did): a ruling that took long must not meet
-    /// another dispute.
+    /// @param disputer Must be who disputed (`WrongDisputer`): a ruling that took long must not meet another dispute.
     /// @param slash Units of stake to take; only with `upheld`.
     function resolve(uint64 datanet, uint32 batch, address disputer, bool upheld, uint128 slash)
         external
@@ -330,7 +330,7 @@ contract DatanetRegistry is AccessControl, BondVault {
     {
         Batch storage disputed = _batchIn(datanet, batch, BatchState.Disputed);
         Dispute memory open = _disputes[datanet][batch];
-        if (open.disputer != disputer) revert WrongBatchState(batch, BatchState.Disputed, BatchState.Committed);
+        if (open.disputer != disputer) revert WrongDisputer(disputer, open.disputer);
         if (block.timestamp >= open.resolvableUntil) revert ArbitrationOver(block.timestamp, open.resolvableUntil);
         _closeDispute(datanet, batch);
         if (upheld) {

@@ -228,17 +228,17 @@ contract SettlementEpochsTest is SettlementTest {
         Refuser refuser = new Refuser();
         vm.deal(address(refuser), BOND);
         propose(1, ROOT, 1000);
-        refuser.call(address(settlement), BOND, abi.encodeCall(settlement.challenge, (1, ROOT, 0)));
+        refuser.perform(address(settlement), BOND, abi.encodeCall(settlement.challenge, (1, ROOT, 0)));
         resolve(1, ROOT, true);
         settle(1, OTHER, 1000);
 
         uint256 due = uint256(BOND) + BOND / 2;
         bytes memory withdraw = abi.encodeCall(settlement.withdrawBond, (payable(address(refuser))));
         vm.expectRevert(abi.encodeWithSelector(BondVault.BondTransferFailed.selector, address(refuser), due));
-        refuser.call(address(settlement), 0, withdraw);
+        refuser.perform(address(settlement), 0, withdraw);
         // It may name another receiver, or change its mind.
         refuser.setAccepts(true);
-        refuser.call(address(settlement), 0, withdraw);
+        refuser.perform(address(settlement), 0, withdraw);
         vm.assertEq(address(refuser).balance, due);
     }
 

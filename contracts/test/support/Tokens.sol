@@ -75,7 +75,7 @@ contract Refuser {
         accepts = value;
     }
 
-    function call(address to, uint256 value, bytes calldata data) external returns (bytes memory) {
+    function perform(address to, uint256 value, bytes calldata data) external returns (bytes memory) {
         (bool ok, bytes memory result) = to.call{value: value}(data);
         if (!ok) {
             assembly {
