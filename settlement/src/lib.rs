@@ -4,6 +4,7 @@
 //! Where to start: [`tree`] is what accounts are paid by, [`bundle`] what is published of an epoch.
 
 pub mod bundle;
+pub mod contracts;
 mod error;
 pub mod tree;
 

@@ -1,0 +1,97 @@
+//! The contracts as Rust sees them: made from `contracts/abi`, which `contracts/build.sh` writes and checks.
+
+#![allow(missing_docs, reason = "generated from the ABI; contracts/src has the words")]
+
+use alloy::primitives::{B256, keccak256};
+use alloy::sol;
+use serde::Deserialize;
+
+sol!(
+    #[sol(rpc)]
+    RewardSettlement,
+    "../contracts/abi/RewardSettlement.json"
+);
+sol!(
+    #[sol(rpc)]
+    OpenToken,
+    "../contracts/abi/OpenToken.json"
+);
+sol!(
+    #[sol(rpc)]
+    DatanetRegistry,
+    "../contracts/abi/DatanetRegistry.json"
+);
+sol!(
+    #[sol(rpc)]
+    ModelRegistry,
+    "../contracts/abi/ModelRegistry.json"
+);
+sol!(
+    #[sol(rpc)]
+    OpenGovernor,
+    "../contracts/abi/OpenGovernor.json"
+);
+sol!(
+    #[sol(rpc)]
+    TimelockController,
+    "../contracts/abi/TimelockController.json"
+);
+
+/// What a contract's deployed code must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Code {
+    /// The contract's name.
+    pub name: &'static str,
+    artifact: &'static str,
+}
+
+macro_rules! codes {
+    ($($(#[$meta:meta])* $constant:ident = $name:literal,)*) => {
+        impl Code {
+            $($(#[$meta])* pub const $constant: Self = Self {
+                name: $name,
+                artifact: include_str!(concat!("../../contracts/abi/", $name, ".json")),
+            };)*
+        }
+    };
+}
+
+codes! {
+    SETTLEMENT = "RewardSettlement",
+    TOKEN = "OpenToken",
+    DATANETS = "DatanetRegistry",
+    MODELS = "ModelRegistry",
+    GOVERNOR = "OpenGovernor",
+    TIMELOCK = "TimelockController",
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Artifact {
+    deployed_bytecode_hash: B256,
+    deployed_bytecode_length: usize,
+    immutable_references: Vec<Reference>,
+}
+
+/// Where a value that the constructor was given stands in the code.
+#[derive(Deserialize)]
+struct Reference {
+    start: usize,
+    length: usize,
+}
+
+impl Code {
+    /// Whether `code` is this contract's, whatever its constructor was given.
+    #[must_use]
+    pub fn is(&self, code: &[u8]) -> bool {
+        let artifact: Artifact = serde_json::from_str(self.artifact).expect("build.sh wrote it");
+        if code.len() != artifact.deployed_bytecode_length {
+            return false;
+        }
+        let mut code = code.to_vec();
+        for Reference { start, length } in artifact.immutable_references {
+            code[start..start + length].fill(0);
+        }
+        keccak256(code) == artifact.deployed_bytecode_hash
+    }
+}
