@@ -13,7 +13,8 @@ import {IndexedMerkle} from "./libraries/IndexedMerkle.sol";
 /// commitment of a datum can be shown), freezes snapshots that models are trained on, and keeps a stake. Anyone may
 /// dispute a batch with a bond; the arbiter rules and may take a part of the stake. Nothing is slashed automatically.
 /// @dev Batches and snapshots are numbered from 1 without gaps. The number is named in the call, so a retry is harmless.
-/// Stake is in units of `TOKEN`, bonds are wei, times are seconds. Documents are named by hash and kept elsewhere.
+/// Stake is in units of `TOKEN`, bonds are wei, times are seconds. Documents are named by hash and kept elsewhere. A caller
+/// without the role that a function names meets `AccessControlUnauthorizedAccount`.
 contract DatanetRegistry is AccessControl, BondVault {
     using SafeCast for uint256;
     using SafeERC20 for IERC20;
@@ -306,7 +307,7 @@ contract DatanetRegistry is AccessControl, BondVault {
 
     // Disputes
 
-    /// @notice Disputes a batch for the bond. Open to anyone, for a committed batch (`WrongBatchState`).
+    /// @notice Disputes a batch for the bond (`WrongBond`). Open to anyone, for a committed batch (`WrongBatchState`).
     /// @param evidenceHash Hash of the reason; published, not interpreted.
     function dispute(uint64 datanet, uint32 batch, bytes32 evidenceHash) external payable {
         Batch storage disputed = _batchIn(datanet, batch, BatchState.Committed);
@@ -321,7 +322,8 @@ contract DatanetRegistry is AccessControl, BondVault {
 
     /// @notice The arbiter's ruling. Upheld: the batch is rejected for good, the disputer's bond is credited back, and
     /// `slash` units of the stake are credited half to the disputer, half to the treasury. Dismissed: the bond goes to
-    /// the treasury and the batch stands. `ArbitrationOver` when the time is up, `ExceedsStake`.
+    /// the treasury and the batch stands. Only the arbiter; `WrongBatchState` unless disputed, `ArbitrationOver` when the time
+    /// is up, `ExceedsStake`.
     /// @param disputer Must be who disputed (`WrongDisputer`): a ruling that took long must not meet another dispute.
     /// @param slash Units of stake to take; only with `upheld`.
     function resolve(uint64 datanet, uint32 batch, address disputer, bool upheld, uint128 slash)
@@ -346,8 +348,8 @@ contract DatanetRegistry is AccessControl, BondVault {
         }
     }
 
-    /// @notice Ends a dispute on which the arbiter did not rule in time (`ArbitrationOpen` before): the batch stands and the
-    /// bond is credited back. Open to anyone.
+    /// @notice Ends a dispute on which the arbiter did not rule in time (`ArbitrationOpen` before; `WrongBatchState` without
+    /// one): the batch stands and the bond is credited back. Open to anyone.
     function expire(uint64 datanet, uint32 batch) external {
         Batch storage disputed = _batchIn(datanet, batch, BatchState.Disputed);
         Dispute memory open = _disputes[datanet][batch];

@@ -21,7 +21,9 @@ import {IndexedMerkle} from "./libraries/IndexedMerkle.sol";
 ///
 /// There is one token per deployment. A token that misbehaves can then stop no other, solvency is one inequality, and
 /// `propose` costs the same whatever the epoch holds. Nothing here is upgradeable, and nobody can pause claims.
-/// @dev Amounts are units of `TOKEN`, bonds are wei, times are seconds. `claimed <= finalized <= 2^112 - 1`.
+/// @dev Amounts are units of `TOKEN`, bonds are wei, times are seconds. `claimed <= finalized <= 2^112 - 1`. A caller without
+/// the role that a function names meets `AccessControlUnauthorizedAccount`; a proposal that is not open, not in the state
+/// or not under the root that a function needs, `NoSuchProposal`.
 contract RewardSettlement is AccessControl, EIP712, Nonces, BondVault {
     using SafeCast for uint256;
     using SafeERC20 for IERC20;
@@ -187,8 +189,8 @@ contract RewardSettlement is AccessControl, EIP712, Nonces, BondVault {
 
     // An epoch's life
 
-    /// @notice Opens epoch `epoch` with its root. Send exactly the bond. The epoch number makes a retry harmless: while it
-    /// is open `ProposalOpen` says with which root, once finalized `WrongEpoch` says so.
+    /// @notice Opens epoch `epoch` with its root. Only proposers, with exactly the bond (`WrongBond`). The epoch number makes
+    /// a retry harmless: while it is open `ProposalOpen` says with which root, once finalized `WrongEpoch` says so.
     /// @param epoch Last finalized epoch + 1, else `WrongEpoch`. A rejected number is used again.
     /// @param payoutRoot Root of the payout tree; `EmptyRoot` at zero.
     /// @param receiptsRoot Published with the root; any value.
@@ -230,8 +232,8 @@ contract RewardSettlement is AccessControl, EIP712, Nonces, BondVault {
         );
     }
 
-    /// @notice Stops a pending proposal until the arbiter has ruled. Open to anyone who sends the proposal's bond, to the
-    /// end of the window (`ChallengeWindowOver`).
+    /// @notice Stops a pending proposal until the arbiter has ruled. Open to anyone who sends the proposal's bond
+    /// (`WrongBond`), to the end of the window (`ChallengeWindowOver`).
     /// @param epoch,payoutRoot Must be those of the pending proposal (`NoSuchProposal`): after a reorganisation of the chain
     /// a challenge must not hit another root.
     /// @param evidenceHash Hash of what shows the root to be wrong; published, not interpreted.

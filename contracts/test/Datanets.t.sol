@@ -325,6 +325,18 @@ contract DatanetsTest is Test {
         vm.assertEq(token.balanceOf(anyone), 1000);
     }
 
+    /// What arrives is measured as a difference of balances; a stake inside of a stake would count twice.
+    function test_a_token_that_calls_back_counts_no_stake_twice() public {
+        token.mint(address(token), 100);
+        vm.prank(address(token));
+        token.approve(address(registry), 100);
+        token.setCall(address(registry), abi.encodeCall(registry.stake, (datanet, 100)));
+        stake(100);
+        vm.assertFalse(token.calleeSucceeded(), "no way in while staking");
+        vm.assertEq(registry.getDatanet(datanet).stake, 100);
+        vm.assertEq(token.balanceOf(address(registry)), 100);
+    }
+
     function commit(uint32 batch, bytes32 root) private {
         vm.prank(owner);
         registry.commitBatch(datanet, batch, root, 3);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity 0.8.37;
 
+import {IERC20Errors} from "@openzeppelin/contracts/interfaces/draft-IERC6093.sol";
 import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {RewardSettlement} from "../src/RewardSettlement.sol";
 import {IndexedMerkle} from "../src/libraries/IndexedMerkle.sol";
@@ -159,6 +160,35 @@ contract SettlementClaimsTest is SettlementTest {
             abi.encodeWithSelector(RewardSettlement.ExceedsFinalized.selector, 100, 50), entryOf(1, amounts, 0)
         );
         vm.assertEq(settlement.totals().claimed, 300);
+    }
+
+    function test_the_largest_total_is_paid_and_larger_leaves_are_not() public {
+        uint256 max = type(uint112).max;
+        token.mint(address(settlement), max - FUNDS);
+        uint256[] memory amounts = amounts3(max, type(uint256).max, max + 1);
+        settle(1, Tree.root(leavesOf(amounts)), max);
+        uint256 all = type(uint256).max;
+        expectClaimRevert(
+            abi.encodeWithSelector(RewardSettlement.ExceedsFinalized.selector, all, max), entryOf(1, amounts, 1)
+        );
+        expectClaimRevert(
+            abi.encodeWithSelector(RewardSettlement.ExceedsFinalized.selector, max + 1, max), entryOf(1, amounts, 2)
+        );
+        vm.assertEq(settlement.claim(entryOf(1, amounts, 0)), max);
+        vm.assertEq(settlement.totals().claimed, max);
+        vm.assertEq(settlement.liabilities(), 0);
+    }
+
+    function test_the_zero_address_is_paid_nothing() public {
+        bytes32 leaf = settlement.leafHash(address(0), 100);
+        settle(1, leaf, 100);
+        RewardSettlement.Claim memory entry = RewardSettlement.Claim(1, address(0), 100, 0, new bytes32[](0));
+        vm.expectPartialRevert(IERC20Errors.ERC20InvalidReceiver.selector);
+        settlement.claim(entry);
+        // Nor does a signature that recovers to nobody count as the zero address's.
+        vm.expectRevert(abi.encodeWithSelector(RewardSettlement.SignatureInvalid.selector, address(0)));
+        settlement.claimFor(entry, anyone, block.timestamp, new bytes(65));
+        vm.assertEq(settlement.totals().claimed, 0);
     }
 
     function test_a_leaf_of_nothing_claims_nothing() public {

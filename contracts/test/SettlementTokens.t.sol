@@ -5,7 +5,7 @@ import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
 import {RewardSettlement} from "../src/RewardSettlement.sol";
 import {SettlementTest} from "./support/SettlementTest.sol";
-import {OddToken} from "./support/Tokens.sol";
+import {OddToken, Wallet} from "./support/Tokens.sol";
 import {Tree} from "./support/Tree.sol";
 
 /// Tokens that misbehave: nothing is lost, nothing is paid twice, nobody else is stopped.
@@ -78,6 +78,43 @@ contract SettlementTokensTest is SettlementTest {
         vm.assertEq(settlement.totals().claimed, 600);
         vm.assertEq(token.balanceOf(accountAt(0)), 100);
         vm.assertEq(uint256(status()), uint256(RewardSettlement.Status.Pending));
+    }
+
+    function test_a_token_that_calls_back_enters_nowhere_from_the_other_ways_to_be_paid() public {
+        Wallet wallet = new Wallet();
+        settle(2, settlement.leafHash(address(wallet), 500), 1200);
+        RewardSettlement.Claim memory entry = RewardSettlement.Claim(2, address(wallet), 500, 0, new bytes32[](0));
+        wallet.acceptAll();
+        token.setCall(address(settlement), abi.encodeCall(settlement.claim, (entryOf(1, amounts, 1))));
+        settlement.claimFor(entry, anyone, block.timestamp, "");
+        vm.assertFalse(token.calleeSucceeded(), "no way in from claimFor");
+
+        entry = entryOf(1, amounts, 0);
+        vm.prank(accountAt(0));
+        settlement.claimTo(entry, anyone);
+        vm.assertFalse(token.calleeSucceeded(), "no way in from claimTo");
+
+        vm.prank(admin);
+        settlement.recoverExcess(IERC20(address(token)), anyone, 1);
+        vm.assertFalse(token.calleeSucceeded(), "no way in from recoverExcess");
+        vm.assertEq(token.balanceOf(anyone), 601);
+        vm.assertEq(settlement.claimed(accountAt(1)), 0);
+    }
+
+    /// In the middle of a payment the balance still holds what is already counted as claimed: a proposal then would pass
+    /// as covered that is not.
+    function test_a_token_with_the_proposers_role_cannot_propose_while_it_pays() public {
+        bytes32 role = settlement.PROPOSER_ROLE();
+        vm.startPrank(admin);
+        settlement.grantRole(role, address(token));
+        settlement.setTerms(RewardSettlement.Terms(0, WINDOW, ARBITRATION));
+        vm.stopPrank();
+        token.setCall(
+            address(settlement), abi.encodeCall(settlement.propose, (2, keccak256("root"), 0, FUNDS + 100, 0))
+        );
+        settlement.claim(entryOf(1, amounts, 0));
+        vm.assertFalse(token.calleeSucceeded(), "the balance is not looked at in the middle of a payment");
+        vm.assertEq(uint256(status()), uint256(RewardSettlement.Status.None));
     }
 
     function test_a_token_with_the_admins_role_cannot_recover_what_it_is_paying() public {

@@ -16,7 +16,6 @@ interface Vm {
     function assertFalse(bool condition, string calldata what) external pure;
     function assume(bool condition) external pure;
     function chainId(uint256 id) external;
-    function cool(address target) external;
     function deal(address account, uint256 balance) external;
     function etch(address target, bytes calldata code) external;
     function expectEmit(bool topic1, bool topic2, bool topic3, bool data, address emitter) external;
