@@ -46,6 +46,8 @@ step "documentation examples"
 cargo test --workspace --locked --doc --quiet
 
 if ! $quick; then
+  step "contracts"
+  contracts/build.sh --check
   step "python client"
   examples/python/test.sh
 fi

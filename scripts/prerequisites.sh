@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a fresh Debian or Ubuntu machine (with git, curl and python3) able to build and test OpenLoRA: a C compiler and
-# linker, g++ with its sanitisers (tests run the CUDA kernels on the host with it), pip and venv, and the Rust toolchain that
-# rust-toolchain.toml names. Installs only what is missing and says what it does; uses sudo only for apt, and only when it is
+# linker, g++ with its sanitisers (tests run the CUDA kernels on the host with it), pip and venv, node and npm (the contracts'
+# tools), and the Rust toolchain that rust-toolchain.toml names. Installs only what is missing and says what it does; uses sudo only for apt, and only when it is
 # not root.
 #
 # Run it, or `source` it to have cargo on the PATH of the calling script too.
@@ -19,6 +19,8 @@ _install_packages() {
   # The module `venv` is always there; what makes its pip is in a package of its own.
   if ! python3 -c 'import ensurepip, venv' >/dev/null 2>&1; then missing+=(python3-venv); fi
   if ! python3 -m pip --version >/dev/null 2>&1; then missing+=(python3-pip); fi
+  # The contracts' compiler and test runner come from npm.
+  if ! command -v node >/dev/null || ! command -v npm >/dev/null; then missing+=(nodejs npm); fi
   if [ "${#missing[@]}" -eq 0 ]; then return 0; fi
 
   if ! command -v apt-get >/dev/null; then
