@@ -13,6 +13,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("scheduler", &["types"]),
     ("database", &["types"]),
     ("adapters", &["types", "database"]),
+    ("ledger", &["types", "database"]),
     ("model", &["types", "kernels"]),
     ("engine", &["types", "kernels", "scheduler", "adapters", "model"]),
     ("server", &["types", "proto", "engine", "model", "adapters"]),
