@@ -1,0 +1,386 @@
+//! What is done when something is asked: check, decide, and append one row with all that follows from it.
+
+use openlora_database::kill;
+use openlora_types::InvalidField;
+use sqlx::{AnyConnection, query};
+
+use crate::{
+    account::{Account, Amount, Asset, check_text},
+    config::LedgerConfig,
+    error::LedgerError,
+    row::{Body, Closed, Operation, Outcome, PRICE, Payment, Request, Row, SPLIT, Usage, Version},
+    tables::{self, i, number, read_error, text},
+    terms::{Prices, Split, Target, Tokens, divide, merge},
+};
+
+const DAY_MS: u64 = 24 * 3_600 * 1_000;
+
+/// A row that is in the journal now, and what it says.
+pub(crate) struct Written {
+    pub(crate) seq: u64,
+    pub(crate) body: Body,
+}
+
+/// Decides. Holds nothing but the settings.
+pub(crate) struct Writer {
+    pub(crate) config: LedgerConfig,
+}
+
+impl Writer {
+    /// Does what is asked, or finds that it was done. `key` is the caller's.
+    pub(crate) async fn run(
+        &self,
+        db: &mut AnyConnection,
+        (key, asked): (&str, &Operation),
+        at_ms: u64,
+    ) -> Result<Written, LedgerError> {
+        let idempotency = idempotency(key, asked);
+        if let Some(row) = tables::find(db, &idempotency).await? {
+            return again(key, asked, &row);
+        }
+        let outcome = self.decide(db, (key, asked), at_ms).await?;
+        append(db, idempotency, Body { asked: asked.clone(), outcome }, at_ms).await
+    }
+
+    async fn decide(
+        &self,
+        db: &mut AnyConnection,
+        (key, asked): (&str, &Operation),
+        at_ms: u64,
+    ) -> Result<Outcome, LedgerError> {
+        match asked {
+            Operation::Deposit { asset, .. } => self.known_asset(db, asset, false).await?,
+            Operation::Prices { asset, .. } => self.known_asset(db, asset, true).await?,
+            Operation::Reserve(request) => return self.reserve(db, request, at_ms).await,
+            Operation::Post(usage) => return self.post(db, key, usage).await,
+            Operation::Void { .. } => return Ok(Outcome::Voided(self.open(db, key).await?.0)),
+            Operation::Attribute { receipt, shares, unattributed } => {
+                return attribute(db, receipt, shares, *unattributed).await;
+            }
+            Operation::Pool { receipt } => return attribute(db, receipt, &[], 1).await,
+            Operation::Payout { after, .. } => {
+                return Ok(Outcome::Paid(self.due(db, after, self.config.payout_accounts_max).await?));
+            }
+            Operation::Seal { epoch } => return seal(db, *epoch).await,
+            Operation::Withdraw { .. }
+            | Operation::Claim { .. }
+            | Operation::Split { .. }
+            | Operation::Quota { .. }
+            | Operation::Address { .. } => {}
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// An asset is known once prices are set in it.
+    async fn known_asset(&self, db: &mut AnyConnection, asset: &Asset, new: bool) -> Result<(), LedgerError> {
+        let sql = "SELECT COUNT(*) AS n FROM ledger_terms WHERE asset = $1";
+        let row = query(sql).bind(asset.as_str()).fetch_one(&mut *db).await.map_err(read_error)?;
+        if number(&row, "n")? > 0 {
+            return Ok(());
+        }
+        if !new {
+            let why = format!("is {asset}, which no price is set in; set prices in it first");
+            return Err(InvalidField::new("asset", why).into());
+        }
+        let sql = "SELECT COUNT(DISTINCT asset) AS n FROM ledger_terms WHERE asset <> ''";
+        let row = query(sql).fetch_one(db).await.map_err(read_error)?;
+        let max = self.config.assets_max;
+        if number(&row, "n")? >= max {
+            return Err(LedgerError::LimitReached { limit: "assets_max", max, what: "assets with prices" });
+        }
+        Ok(())
+    }
+
+    async fn reserve(&self, db: &mut AnyConnection, request: &Request, at_ms: u64) -> Result<Outcome, LedgerError> {
+        let Request { application, asset, .. } = request;
+        let (prices, split) = current_terms(db, request).await?;
+        // The worst case: nothing is cached and the answer is as long as it may be.
+        let worst = Tokens { prompt: request.prompt_tokens, cached: 0, completion: request.completion_tokens_max };
+        let amount = prices.terms.fee(&worst)?.charged;
+        let day = at_ms / DAY_MS;
+        let state = tables::application(db, application, asset).await?;
+        let max = self.config.open_reservations_max;
+        if state.opened >= max {
+            return Err(LedgerError::TooManyOpen { application: application.clone(), max });
+        }
+        if let Some(max) = state.per_day {
+            let used = if day > state.day { 0 } else { state.used };
+            if used.checked_add(amount).is_none_or(|sum| sum > max) {
+                let (application, asset) = (application.clone(), asset.clone());
+                return Err(LedgerError::OverQuota { application, asset, max, used, needed: amount });
+            }
+        }
+        Ok(Outcome::Reserved { amount: Amount(amount), prices, split, day })
+    }
+
+    async fn post(&self, db: &mut AnyConnection, key: &str, usage: &Usage) -> Result<Outcome, LedgerError> {
+        let (reservation, prices, split) = self.open(db, key).await?;
+        let fee = prices.terms.fee(&usage.tokens)?;
+        let reserved = reservation.reserved.0;
+        if fee.charged > reserved {
+            return Err(LedgerError::ExceedsReservation { key: key.into(), reserved, fee: fee.charged });
+        }
+        if let Some(receipt) = &usage.receipt {
+            let sql = "SELECT COUNT(*) AS n FROM ledger_held WHERE receipt = $1";
+            let held = query(sql).bind(receipt).fetch_one(&mut *db).await.map_err(read_error)?;
+            let settled = tables::find(db, &format!("receipt/{receipt}")).await?;
+            if number(&held, "n")? > 0 || settled.is_some() {
+                let why = format!("is {receipt}, which another request has; use a new one");
+                return Err(InvalidField::new("receipt", why).into());
+            }
+        }
+        let parts = split.terms.parts(fee, &usage.payees, usage.receipt.is_some())?;
+        Ok(Outcome::Posted { reservation, fee: Amount(fee.charged), parts })
+    }
+
+    /// The open reservation `key`, its prices and its split.
+    async fn open(
+        &self,
+        db: &mut AnyConnection,
+        key: &str,
+    ) -> Result<(Closed, Version<Prices>, Version<Split>), LedgerError> {
+        let missing = || LedgerError::NotFound { what: "reservation", name: key.into() };
+        let row = tables::find(db, &format!("open/{key}")).await?.ok_or_else(missing)?;
+        let body = row.parse()?;
+        let (Operation::Reserve(request), Outcome::Reserved { amount, prices, split, day }) =
+            (body.asked, body.outcome)
+        else {
+            return Err(LedgerError::Damaged { row: row.seq, reason: "it is no reservation".into() });
+        };
+        let Request { application, asset, .. } = request;
+        Ok((Closed { row: row.seq, application, asset, reserved: amount, day }, prices, split))
+    }
+
+    /// What accounts with an address have: the first after `after` that fit in a row.
+    pub(crate) async fn due(
+        &self,
+        db: &mut AnyConnection,
+        after: &str,
+        limit: usize,
+    ) -> Result<Vec<Payment>, LedgerError> {
+        // Whole accounts only: an account has at most one line for each asset.
+        let sql = "SELECT b.account, b.asset, b.credits, b.debits, a.address FROM \
+                   (SELECT account, address FROM ledger_addresses WHERE account > $1 AND EXISTS (SELECT 1 FROM \
+                   ledger_balances d WHERE d.account = ledger_addresses.account AND d.credits <> d.debits) \
+                   ORDER BY account LIMIT $2) a \
+                   JOIN ledger_balances b ON b.account = a.account WHERE b.credits <> b.debits ORDER BY b.account, b.asset";
+        let rows = query(sql).bind(after).bind(i(limit as u64)).fetch_all(db).await.map_err(read_error)?;
+        let mut payments = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let (credits, debits) = (tables::amount(row, "credits")?, tables::amount(row, "debits")?);
+            payments.push(Payment {
+                account: tables::parsed(row, "account")?,
+                asset: tables::parsed(row, "asset")?,
+                amount: Amount(credits.saturating_sub(debits)),
+                address: crate::account::Address(tables::bytes(row, "address")?),
+            });
+        }
+        Ok(payments)
+    }
+}
+
+/// The key under which a row is found: reservations are opened once and closed once, receipts settled once.
+fn idempotency(key: &str, asked: &Operation) -> String {
+    let kind = match asked {
+        Operation::Deposit { .. } => "deposit",
+        Operation::Withdraw { .. } => "withdraw",
+        Operation::Claim { .. } => "claim",
+        Operation::Prices { .. } | Operation::Split { .. } | Operation::Quota { .. } => "set",
+        Operation::Address { .. } => "address",
+        Operation::Reserve(_) => "open",
+        Operation::Post(_) | Operation::Void { .. } => "close",
+        Operation::Attribute { .. } | Operation::Pool { .. } => "receipt",
+        Operation::Payout { .. } => "payout",
+        Operation::Seal { .. } => "seal",
+    };
+    format!("{kind}/{key}")
+}
+
+/// The answer that was given before, where the same was asked.
+fn again(key: &str, asked: &Operation, row: &Row) -> Result<Written, LedgerError> {
+    let (body, seq) = (row.parse()?, row.seq);
+    match (&body.asked, asked) {
+        (before, now) if before == now => {}
+        (Operation::Void { .. }, Operation::Void { .. }) => {}
+        (Operation::Void { .. }, Operation::Post(_)) => return Err(LedgerError::Voided { key: key.into(), row: seq }),
+        (Operation::Post(_), Operation::Void { .. }) => return Err(LedgerError::Posted { key: key.into(), row: seq }),
+        (Operation::Attribute { receipt, .. } | Operation::Pool { receipt }, _) => {
+            return Err(LedgerError::Settled { receipt: receipt.clone(), row: seq });
+        }
+        _ => return Err(LedgerError::KeyReused { key: key.into(), row: seq }),
+    }
+    Ok(Written { seq, body })
+}
+
+/// Writes the row after the last one, and what follows from it.
+async fn append(db: &mut AnyConnection, idempotency: String, body: Body, at_ms: u64) -> Result<Written, LedgerError> {
+    let mut head = tables::head(db).await?;
+    let seq = head.seq + 1;
+    let text = serde_json::to_string(&body).expect("text, numbers and lists of them are JSON");
+    let mut row = Row { seq, at_ms, idempotency, body: text, hash: [0; 32] };
+    row.hash = row.hash_after(&head.hash);
+    tables::insert_row(db, &row).await?;
+    kill::point("after the row");
+    let effects = body.effects(&row.idempotency, at_ms).expect("an outcome of what was asked");
+    tables::apply(db, seq, &effects).await?;
+    (head.seq, head.hash) = (seq, row.hash);
+    if let Operation::Seal { epoch } = body.asked {
+        (head.epoch, head.epoch_row) = (epoch, seq);
+    }
+    tables::set_head(db, &head).await?;
+    kill::point("before the commit");
+    Ok(Written { seq, body })
+}
+
+/// Prices and split that hold for `request` now, each with the row that set it.
+async fn current_terms(
+    db: &mut AnyConnection,
+    request: &Request,
+) -> Result<(Version<Prices>, Version<Split>), LedgerError> {
+    let generation = request.generation.clone().map(Target::Generation);
+    let default = if generation.is_some() { Target::Adapters } else { Target::Base };
+    // The most specific first; without a generation it is the base model, whatever it was called.
+    let alias = request.alias.clone().filter(|_| generation.is_some()).map(Target::Alias);
+    let targets: Vec<_> = generation.into_iter().chain(alias).chain([default]).map(|target| target.text()).collect();
+    let last = targets.last().expect("the default");
+    let (first, second) = (&targets[0], targets.get(1).unwrap_or(last));
+    let sql = "SELECT t.kind, t.target, r.seq, r.body FROM ledger_terms t JOIN ledger_rows r ON r.seq = t.seq \
+               WHERE t.target IN ($1, $2, $3) AND t.asset IN ($4, '')";
+    let statement = query(sql).bind(first).bind(second).bind(last).bind(request.asset.as_str());
+    let rows = statement.fetch_all(db).await.map_err(read_error)?;
+    let find = async |wanted: &str| -> Result<Option<(u64, Operation)>, LedgerError> {
+        for target in &targets {
+            for row in &rows {
+                if text(row, "kind")? == wanted && text(row, "target")? == *target {
+                    let seq = number(row, "seq")?;
+                    let body = serde_json::from_str::<Body>(&text(row, "body")?);
+                    let bad =
+                        |error| LedgerError::Damaged { row: seq, reason: format!("its body cannot be read: {error}") };
+                    return Ok(Some((seq, body.map_err(bad)?.asked)));
+                }
+            }
+        }
+        Ok(None)
+    };
+    let missing = |what: String| LedgerError::NoTerms { what, target: targets[0].clone() };
+    let wrong = |row| LedgerError::Damaged { row, reason: "it sets other terms than the table says".into() };
+    let prices = match find(PRICE).await?.ok_or_else(|| missing(format!("price in {}", request.asset)))? {
+        (row, Operation::Prices { prices, .. }) => Version { row, terms: prices },
+        (row, _) => return Err(wrong(row)),
+    };
+    match find(SPLIT).await?.ok_or_else(|| missing("split".into()))? {
+        (row, Operation::Split { split, .. }) => Ok((prices, Version { row, terms: split })),
+        (row, _) => Err(wrong(row)),
+    }
+}
+
+/// Divides what is held for a receipt by its share table.
+async fn attribute(
+    db: &mut AnyConnection,
+    receipt: &str,
+    shares: &[(String, u64)],
+    unattributed: u64,
+) -> Result<Outcome, LedgerError> {
+    let sql = "SELECT asset, amount FROM ledger_held WHERE receipt = $1";
+    let row = query(sql).bind(receipt).fetch_optional(db).await.map_err(read_error)?;
+    let row = row.ok_or_else(|| LedgerError::NotFound { what: "held receipt", name: receipt.into() })?;
+    let (asset, amount): (Asset, u128) = (tables::parsed(&row, "asset")?, tables::amount(&row, "amount")?);
+    Ok(Outcome::Settled { asset, amount: Amount(amount), parts: shares_of(amount, shares, unattributed)? })
+}
+
+/// The parts of `amount` that a share table gives; all to the pool where all weights are 0.
+pub(crate) fn shares_of(
+    amount: u128,
+    shares: &[(String, u64)],
+    unattributed: u64,
+) -> Result<Vec<(Account, Amount)>, LedgerError> {
+    let mut weights: Vec<_> =
+        shares.iter().map(|(name, weight)| (Account::Contributor(name.clone()), *weight)).collect();
+    weights.push((Account::Pool, unattributed));
+    weights.sort_by_cached_key(|(account, _)| account.to_string());
+    if weights.iter().all(|(_, weight)| *weight == 0) {
+        return merge(vec![(Account::Pool, amount)]);
+    }
+    let amounts = divide(amount, &weights.iter().map(|(_, weight)| *weight).collect::<Vec<_>>())?;
+    merge(weights.into_iter().map(|(account, _)| account).zip(amounts).collect())
+}
+
+async fn seal(db: &mut AnyConnection, epoch: u64) -> Result<Outcome, LedgerError> {
+    let head = tables::head(db).await?;
+    if head.seq == head.epoch_row {
+        return Err(LedgerError::EmptyEpoch { last: head.epoch });
+    }
+    if epoch != head.epoch + 1 {
+        return Err(LedgerError::NotFound { what: "open epoch", name: epoch.to_string() });
+    }
+    let totals = tables::totals(db).await?.into_iter().map(|(asset, sum)| (asset, Amount(sum))).collect();
+    let hash = blake3::Hash::from_bytes(head.hash).to_hex().to_string();
+    Ok(Outcome::Sealed { first: head.epoch_row + 1, last: head.seq, head: hash, totals })
+}
+
+impl Operation {
+    /// Refuses what is wrong whatever the ledger says.
+    pub(crate) fn check(&self, key: &str, config: &LedgerConfig) -> Result<(), InvalidField> {
+        check_text("key", key)?;
+        match self {
+            Self::Deposit { application, amount, .. } | Self::Withdraw { application, amount, .. } => {
+                check_text("application", application)?;
+                positive(*amount)
+            }
+            Self::Claim { amount, .. } => positive(*amount),
+            Self::Prices { target, prices, .. } => target.check().and_then(|()| prices.check()),
+            Self::Split { target, split } => target.check().and_then(|()| split.check()),
+            Self::Quota { application, .. } => check_text("application", application),
+            Self::Address { account, .. } if !account.is_paid() => {
+                let why = format!(
+                    "is {account}, which is never paid out; only owner/, contributor/, base/, operator, pool and dust are"
+                );
+                Err(InvalidField::new("account", why))
+            }
+            Self::Address { account, .. } => account.check("account"),
+            Self::Reserve(request) => {
+                check_text("application", &request.application)?;
+                if let Some(generation) = &request.generation {
+                    openlora_types::Generation::from_hex(generation)?;
+                }
+                request.alias.iter().try_for_each(|alias| check_text("alias", alias))
+            }
+            Self::Post(usage) => {
+                check_text("request_id", &usage.request_id)?;
+                usage.receipt.iter().try_for_each(|receipt| check_text("receipt", receipt))?;
+                usage.payees.check(config.parents_max)
+            }
+            Self::Attribute { receipt, shares, .. } => {
+                check_text("receipt", receipt)?;
+                check_shares(shares, config.shares_max)
+            }
+            Self::Pool { receipt } => check_text("receipt", receipt),
+            Self::Void { .. } | Self::Payout { .. } | Self::Seal { .. } => Ok(()),
+        }
+    }
+}
+
+fn positive(amount: Amount) -> Result<(), InvalidField> {
+    if amount.0 == 0 {
+        return Err(InvalidField::new("amount", "must be at least 1"));
+    }
+    Ok(())
+}
+
+fn check_shares(shares: &[(String, u64)], max: usize) -> Result<(), InvalidField> {
+    if shares.len() > max {
+        let why = format!("has {} entries; the limit shares_max is {max}", shares.len());
+        return Err(InvalidField::new("shares", why));
+    }
+    let mut names = std::collections::BTreeSet::new();
+    for (name, _) in shares {
+        check_text("shares", name)?;
+        if !names.insert(name) {
+            return Err(InvalidField::new(
+                "shares",
+                format!("names {name} twice; add up the weights of a contributor"),
+            ));
+        }
+    }
+    Ok(())
+}
