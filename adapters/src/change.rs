@@ -1,5 +1,6 @@
 //! The store's changes of the registry: who may, what is checked, and what follows. Each is one transaction.
 
+use openlora_database::kill;
 use openlora_types::{Alias, Generation};
 use sqlx::AnyConnection;
 use tempfile::TempDir;
@@ -43,10 +44,10 @@ impl AdapterStore {
             inner.charge(db, &record.owner, -1, (record.current.summary.bytes, 0)).await?;
             let gone = registry::collect(db, &named, sweep::now()).await?;
             let unpinned = record.pinned.then_some(record.current.generation);
-            crate::kill::point("before the commit");
-            Ok(Done { record, unpinned, gone })
+            kill::point("before the commit");
+            Ok::<_, AdapterError>(Done { record, unpinned, gone })
         }))?;
-        crate::kill::point("after the commit");
+        kill::point("after the commit");
         let generation = done.record.current.generation;
         inner.block_on(inner.settle(&done, false));
         Ok(generation)
@@ -114,7 +115,7 @@ impl AdapterStore {
             }
             record.pinned = pinned;
             registry::update(db, &record).await?;
-            Ok(record)
+            Ok::<_, AdapterError>(record)
         }));
         inner.names.changed(alias);
         // Undoes the pin where the record could not be written, and does it where it was taken away.
@@ -231,9 +232,9 @@ impl Inner {
         let note = registry::stage(db, &known.location, known.generation, sweep::now());
         let (noted, flushed) = tokio::join!(note, files.flush(&staged));
         noted.and(flushed)?;
-        crate::kill::point("before the files");
+        kill::point("before the files");
         files.put(staged, &known.location).await?;
-        crate::kill::point("after the files");
+        kill::point("after the files");
         self.publish(known, alias, actor, registration).await
     }
 
@@ -255,11 +256,11 @@ impl Inner {
             };
             let pointing = Pointing { alias, known, tags: &registration.tags, lineage };
             let done = self.point(db, pointing, old, actor).await?;
-            crate::kill::point("before the commit");
-            Ok((done, loosened))
+            kill::point("before the commit");
+            Ok::<_, AdapterError>((done, loosened))
         });
         let published = change.await?;
-        crate::kill::point("after the commit");
+        kill::point("after the commit");
         Ok(published)
     }
 

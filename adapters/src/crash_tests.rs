@@ -3,10 +3,11 @@
 use std::{env, fs, os::unix::process::ExitStatusExt, path::Path, process::Command, sync::Arc};
 
 use object_store::{ObjectStore, ObjectStoreExt as _, memory::InMemory};
+use openlora_database::kill;
 use openlora_types::Limits;
 use tempfile::TempDir;
 
-use crate::{files::Files, kill};
+use crate::files::Files;
 
 #[expect(dead_code, reason = "shared with the integration tests, which use all of it")]
 #[path = "../tests/it/make.rs"]

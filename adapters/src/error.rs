@@ -2,6 +2,7 @@
 
 use std::{io, sync::Arc};
 
+use openlora_database::{DatabaseError, Failure};
 use openlora_types::{Classify, Fault, Generation, InvalidField};
 
 /// Every error of this room. Cloneable, because one failed load answers all requests that waited for it.
@@ -74,13 +75,8 @@ pub enum AdapterError {
         reason: String,
     },
     /// The registry's database refused something or cannot be reached. UNAVAILABLE.
-    #[error("could not {action}: {source}")]
-    Database {
-        /// What was being done, in words.
-        action: &'static str,
-        /// The database's error.
-        source: Arc<sqlx::Error>,
-    },
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
     /// The store's disk refused something (full, failing, read-only). UNAVAILABLE.
     #[error("could not {action}: {source}")]
     Io {
@@ -103,9 +99,23 @@ impl AdapterError {
         }
     }
 
+    /// Wraps an error of the database; `action` completes "could not …".
+    pub(crate) fn database(action: &'static str) -> impl FnOnce(sqlx::Error) -> Self {
+        move |source| Self::Database(DatabaseError::new(action)(source))
+    }
+
     /// A refused field.
     pub(crate) fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Invalid(InvalidField::new(field, reason))
+    }
+}
+
+impl Failure for AdapterError {
+    fn database(&self) -> Option<&DatabaseError> {
+        match self {
+            Self::Database(error) => Some(error),
+            _ => None,
+        }
     }
 }
 

@@ -21,6 +21,7 @@ use futures_util::StreamExt as _;
 use object_store::{
     GetResultPayload, ObjectStore, ObjectStoreExt as _, buffered::BufWriter, local::LocalFileSystem, path::Path as Key,
 };
+use openlora_database::kill;
 use openlora_types::{Generation, Limits};
 use tempfile::TempDir;
 use tokio::{io::AsyncWriteExt as _, task::JoinHandle};
@@ -130,7 +131,7 @@ impl Files {
         if self.folder.is_none() {
             return Ok(());
         }
-        crate::kill::point("before the flush");
+        kill::point("before the flush");
         let dir = staged.path();
         let flushes = [dir.to_owned(), dir.join(FILES[0]), dir.join(FILES[1])].map(flush);
         for flushed in flushes {
@@ -151,7 +152,7 @@ impl Files {
                 fs::rename(staged.path(), adapters.join(location)).map_err(failed())?;
                 // The folder is no longer where the guard would remove it from.
                 let _moved = staged.keep();
-                crate::kill::point("between rename and flush");
+                kill::point("between rename and flush");
                 flush(adapters).await.unwrap_or_else(|error| Err(error.into())).map_err(failed())
             }
             None => {

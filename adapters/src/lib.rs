@@ -21,15 +21,12 @@ mod change;
 mod config;
 #[cfg(test)]
 mod crash_tests;
-mod database;
 mod error;
 mod files;
 mod folder;
-mod group;
 mod info;
 mod inspect;
 mod json;
-mod kill;
 mod lease;
 mod matching;
 mod names;

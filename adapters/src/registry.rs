@@ -1,11 +1,20 @@
 //! What the database says of aliases, generations and owners. Statements only; `store.rs` decides who may do what.
 
+use openlora_database::{Database, Schema, Version};
 use openlora_types::{AdapterSizes, Alias, Generation, InvalidField, Limits};
 use serde::{Deserialize, Serialize};
 use sqlx::{AnyConnection, AnyExecutor, Row, any::AnyRow, query};
 use std::sync::Arc;
 
-use crate::{database::Database, error::AdapterError, sizes};
+use crate::{error::AdapterError, sizes};
+
+/// The tables.
+pub(crate) const SCHEMA: Schema = &[Version {
+    number: 1,
+    name: "registry",
+    sqlite: include_str!("../migrations/sqlite/0001_registry.sql"),
+    postgres: include_str!("../migrations/postgres/0001_registry.sql"),
+}];
 
 const READ: &str = "read the registry";
 const WRITE: &str = "write to the registry";

@@ -21,13 +21,13 @@ use std::{
     time::Duration,
 };
 
+use openlora_database::{Database, DatabaseUrl};
 use openlora_types::{AdapterWeights, Alias, Generation, Limits, ModelShape};
 use tokio::runtime::Runtime;
 use tracing::{info, warn};
 
 use crate::{
     cache::HostCache,
-    database::{Database, sqlite_url},
     error::AdapterError,
     files::Files,
     folder::{AdapterFolder, FILES, bytes_max, check_size},
@@ -118,11 +118,11 @@ impl AdapterStore {
         let url = match config.database_url.as_str() {
             "" => {
                 let folder = config.data_dir.canonicalize();
-                sqlite_url(&folder.map_err(AdapterError::io("find the data folder"))?.join("registry.db"))
+                DatabaseUrl::sqlite(&folder.map_err(AdapterError::io("find the data folder"))?.join("registry.db"))
             }
-            url => url.to_owned(),
+            url => DatabaseUrl::parse("adapters.database_url", url)?,
         };
-        let db = runtime.block_on(Database::open(&url))?;
+        let db = runtime.block_on(Database::open(&url, registry::SCHEMA))?;
         let shared = db.is_shared();
         let core = Arc::new(Core { db, files, leases: Arc::new(Leases::default()) });
         runtime.block_on(sweep::recover(&core))?;

@@ -5,9 +5,10 @@
 
 use std::{sync::Arc, time::UNIX_EPOCH};
 
+use openlora_database::{Database, kill};
 use tracing::warn;
 
-use crate::{database::Database, error::AdapterError, files::Files, lease::Leases, registry};
+use crate::{error::AdapterError, files::Files, lease::Leases, registry};
 
 /// How long another server's registration may take to put its files.
 const STAGED_GRACE_S: i64 = 3_600;
@@ -75,6 +76,6 @@ async fn sweep(core: &Core, staged_before: i64) -> Result<u64, AdapterError> {
 /// Removes the files of a loose location, then its row: a crash in between leaves the row.
 pub(crate) async fn remove(core: &Core, location: &str) -> Result<(), AdapterError> {
     core.files.remove(location).await?;
-    crate::kill::point("between files and row");
+    kill::point("between files and row");
     registry::swept(&core.db, location).await
 }

@@ -3,9 +3,9 @@
 use std::{fs, path::Path, sync::Arc};
 
 use openlora_adapters::{Actor, AdapterError, AdapterInfo, AdapterStore, StoreConfig};
+use openlora_database::testing::postgres_schema;
 use openlora_types::{AdapterWeights, Alias, Limits, ModelShape};
 use serde_json::{Value, json};
-use sqlx::{Connection as _, Executor as _};
 use tempfile::TempDir;
 
 /// Two layers, 8 wide, two heads of 4, one key and value head, tied.
@@ -226,26 +226,6 @@ pub(crate) fn config(dir: &Path, host_cache_bytes: u64) -> StoreConfig {
 
 pub(crate) fn open(dir: &Path, limits: Limits, host_cache_bytes: u64) -> AdapterStore {
     AdapterStore::open(config(dir, host_cache_bytes), shape(), limits).expect("the store opens")
-}
-
-/// Runs statements in the database at `url`.
-pub(crate) fn sql(url: &str, statements: &str) {
-    sqlx::any::install_default_drivers();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let mut connection = sqlx::AnyConnection::connect(url).await.expect("connected");
-        connection.execute(statements).await.expect(statements);
-        connection.close().await.expect("closed");
-    });
-}
-
-/// Where `OPENLORA_TEST_POSTGRES` has a URL the same tests run on PostgreSQL, each folder in a schema of its own.
-pub(crate) fn postgres_schema(dir: &Path) -> Option<String> {
-    let url = std::env::var("OPENLORA_TEST_POSTGRES").ok()?;
-    let letters: String = dir.to_string_lossy().chars().filter(char::is_ascii_alphanumeric).collect();
-    let schema = format!("t_{}", letters.to_ascii_lowercase());
-    sql(&url, &format!("CREATE SCHEMA IF NOT EXISTS {schema}"));
-    Some(format!("{url}?options=-c%20search_path%3D{schema}"))
 }
 
 pub(crate) fn entries(dir: &Path) -> Vec<String> {

@@ -1,9 +1,10 @@
 //! The registry: who sees what, quotas, lineage, and databases that cannot be used.
 
 use openlora_adapters::{AdapterError, AdapterStore, Lineage, Registration, StoreConfig};
+use openlora_database::testing::sql;
 use openlora_types::{Classify, Limits};
 
-use crate::make::{self, Adapter, Bench, actor, admin, alias, shape, sql};
+use crate::make::{self, Adapter, Bench, actor, admin, alias, shape};
 
 #[test]
 fn owners_see_their_own_aliases_and_administrators_all() {

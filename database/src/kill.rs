@@ -1,14 +1,17 @@
-//! Named points at which tests kill the process, to see what the next one makes of what is left. Nothing outside tests.
+//! Named points at which tests kill the process, to see what the next one makes of what is left. Nothing without the
+//! feature `testing`.
 
-#[cfg(not(test))]
-pub(crate) fn point(_name: &str) {}
+/// Where a test's child process may end.
+#[cfg(not(feature = "testing"))]
+pub fn point(_name: &str) {}
 
 /// The environment variable that names the point for a test's child process: `name`, or `name#n` for the n-th time.
-#[cfg(test)]
-pub(crate) const AT: &str = "OPENLORA_TEST_KILL_AT";
+#[cfg(feature = "testing")]
+pub const AT: &str = "OPENLORA_TEST_KILL_AT";
 
-#[cfg(test)]
-pub(crate) fn point(name: &str) {
+/// Kills this process where [`AT`] names the point.
+#[cfg(feature = "testing")]
+pub fn point(name: &str) {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     static TIMES: AtomicUsize = AtomicUsize::new(0);

@@ -1,0 +1,29 @@
+//! What the tests of rooms with tables share.
+
+use std::path::Path;
+
+use sqlx::{Connection as _, Executor as _};
+
+/// Runs statements in the database at `url`. Not to be called from async code.
+///
+/// # Panics
+/// Where the database refuses.
+pub fn sql(url: &str, statements: &str) {
+    sqlx::any::install_default_drivers();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let mut connection = sqlx::AnyConnection::connect(url).await.expect("connected");
+        connection.execute(statements).await.expect(statements);
+        connection.close().await.expect("closed");
+    });
+}
+
+/// Where `OPENLORA_TEST_POSTGRES` has a URL the same tests run on PostgreSQL, each folder in a schema of its own.
+#[must_use]
+pub fn postgres_schema(dir: &Path) -> Option<String> {
+    let url = std::env::var("OPENLORA_TEST_POSTGRES").ok()?;
+    let letters: String = dir.to_string_lossy().chars().filter(char::is_ascii_alphanumeric).collect();
+    let schema = format!("t_{}", letters.to_ascii_lowercase());
+    sql(&url, &format!("CREATE SCHEMA IF NOT EXISTS {schema}"));
+    Some(format!("{url}?options=-c%20search_path%3D{schema}"))
+}
