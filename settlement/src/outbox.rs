@@ -531,7 +531,9 @@ impl Outbox {
         note: Option<&str>,
     ) -> Result<(), SettlementError> {
         let Some(intent) = intent else { return Ok(()) };
-        let sql = "UPDATE sender_intent SET state = $2, note = $3 WHERE id = $1";
+        // Nothing is written where nothing changes.
+        let sql = "UPDATE sender_intent SET state = $2, note = $3 WHERE id = $1 \
+                   AND (state <> $2 OR COALESCE(note, '') <> COALESCE($3, ''))";
         query(sql).bind(intent.0).bind(state).bind(note).execute(db).await.map(drop).map_err(failed(WRITE))
     }
 

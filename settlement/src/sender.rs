@@ -57,7 +57,7 @@ impl Default for SenderConfig {
             max_fee_per_gas: 100_000_000_000,
             cost_max: U256::from(50_000_000_000_000_000_u64),
             stuck_after: Duration::from_secs(60),
-            lease: Duration::from_secs(60),
+            lease: Duration::from_secs(30),
             in_flight_max: 16,
             queue_max: 10_000,
             transactions_max: 64,

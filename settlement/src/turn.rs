@@ -137,7 +137,7 @@ impl Sender {
             Heard::Underpriced(_) => self.replace(lease, view, slot, turn).await,
             Heard::Taken if stuck => self.replace(lease, view, slot, turn).await,
             Heard::Unclear(why) => self.wait(lease, slot, &why, turn).await,
-            Heard::Taken | Heard::Used => Ok(()),
+            Heard::Taken | Heard::Used => self.outbox.mark(lease, slot.intent, "sent", None).await,
         }
     }
 

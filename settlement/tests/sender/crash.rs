@@ -39,7 +39,7 @@ async fn child_that_sends() {
     }
     for step in 0..5_000 {
         // A clock that runs fast: leases run out while others work.
-        sender.turn_at(UnixMs(START + skew + step * 40_000)).await.expect("a turn");
+        sender.turn_at(UnixMs(START + skew + step * 20_000)).await.expect("a turn");
         let mut open = false;
         for id in &ids {
             match sender.status(*id).await.expect("known") {

@@ -19,8 +19,10 @@ use crate::{
 };
 
 const SEND: &str = "eth_sendRawTransaction";
-/// Longer than a lease.
+/// Between the beginnings of two settlements.
 const LATER: i64 = 600_000;
+/// Longer than a lease, shorter than it takes to be stuck.
+const SILENT: i64 = 45_000;
 
 /// A sender that gives up soon, behind a proxy.
 async fn behind(stage: &Stage, proxy: &Proxy) -> Sender {
@@ -57,7 +59,7 @@ async fn a_broadcast_of_unknown_outcome_keeps_its_nonce_and_its_bytes() {
         let sent = hashes(&sender, id).await;
         // Another process takes up what this one left.
         let next = behind(&stage, &proxy).await;
-        let again = turn(&next, i as i64 * LATER + LATER / 2).await;
+        let again = turn(&next, i as i64 * LATER + SILENT).await;
         assert_eq!((again.signed, again.broadcast), (0, 1), "fault {i}");
         assert_eq!(stage.anvil.pool(), sent, "fault {i}");
         assert!(matches!(stage.settle(&next, id).await, Status::Finalized { reverted: None, .. }), "fault {i}");
@@ -169,7 +171,7 @@ async fn of_two_senders_one_works_and_the_other_takes_over_when_it_falls_silent(
     let (first, second) = (stage.sender().await, stage.sender().await);
     let id = first.submit(&stage.count(1)).await.expect("kept");
     assert_eq!(second.submit(&stage.count(1)).await.expect("the same"), id);
-    let lease = 60_000;
+    let lease = 30_000;
     assert!(turn(&first, 0).await.leads);
     let other = second.submit(&stage.count(2)).await.expect("kept");
     assert!(!turn(&second, lease - 1).await.leads);
@@ -199,7 +201,7 @@ async fn a_sender_that_was_overtaken_while_the_node_was_silent_gives_no_nonce_aw
             while !proxy.is_done() {
                 tokio::task::yield_now().await;
             }
-            let overtaking = turn(&quick, now + LATER / 2).await;
+            let overtaking = turn(&quick, now + SILENT).await;
             assert!(overtaking.leads, "{method}");
             assert_eq!(overtaking.signed, usize::from(method != SEND), "{method}");
             go_on.notify_one();
@@ -212,6 +214,24 @@ async fn a_sender_that_was_overtaken_while_the_node_was_silent_gives_no_nonce_aw
         assert_eq!((stage.counted(i), stage.anvil.nonce(ACCOUNT)), (1, i), "{method}");
         quick.close().await.expect("closed");
     }
+}
+
+/// As a server runs it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sender_is_shared_by_threads() {
+    let stage = Stage::new().await;
+    let sender = Arc::new(stage.sender().await);
+    let id = sender.submit(&stage.count(1)).await.expect("kept");
+    let turns = [0, 1, 2].map(|later| {
+        let sender = Arc::clone(&sender);
+        tokio::task::spawn_blocking(move || tokio::runtime::Handle::current().block_on(turn(&sender, later)))
+    });
+    let mut signed = 0;
+    for turn in turns {
+        signed += turn.await.expect("no panic").signed;
+    }
+    assert_eq!(signed, 1);
+    assert!(matches!(stage.settle(&sender, id).await, Status::Finalized { nonce: 0, .. }));
 }
 
 #[tokio::test]
