@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every test: what CI runs. `./test.sh quick` leaves out formatting, lints and the slow end-to-end tests.
-# Installs what is missing first (compilers, Rust, the model, NVRTC) and says so.
+# Installs what is missing first (compilers, Rust, the model, NVRTC, anvil) and says so.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -20,6 +20,8 @@ step "model"
 scripts/fetch-model.sh
 step "nvrtc"
 scripts/fetch-nvrtc.sh
+step "anvil"
+scripts/fetch-anvil.sh
 
 if ! $quick; then
   step "formatting"

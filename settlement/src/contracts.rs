@@ -7,32 +7,26 @@ use alloy::sol;
 use serde::Deserialize;
 
 sol!(
-    #[sol(rpc)]
     RewardSettlement,
     "../contracts/abi/RewardSettlement.json"
 );
 sol!(
-    #[sol(rpc)]
     OpenToken,
     "../contracts/abi/OpenToken.json"
 );
 sol!(
-    #[sol(rpc)]
     DatanetRegistry,
     "../contracts/abi/DatanetRegistry.json"
 );
 sol!(
-    #[sol(rpc)]
     ModelRegistry,
     "../contracts/abi/ModelRegistry.json"
 );
 sol!(
-    #[sol(rpc)]
     OpenGovernor,
     "../contracts/abi/OpenGovernor.json"
 );
 sol!(
-    #[sol(rpc)]
     TimelockController,
     "../contracts/abi/TimelockController.json"
 );

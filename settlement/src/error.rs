@@ -1,7 +1,11 @@
 //! What can go wrong between a ledger and a chain.
 
-use alloy::primitives::Address;
-use openlora_types::{Classify, Fault};
+use alloy::primitives::{Address, B256, U256};
+use openlora_database::{DatabaseError, Failure};
+use openlora_ledger::LedgerError;
+use openlora_types::{Classify, Fault, InvalidField};
+
+use crate::{keys::KeyError, rpc::RpcError};
 
 /// Why an epoch cannot be settled.
 #[derive(Debug, thiserror::Error)]
@@ -67,14 +71,251 @@ pub enum SettlementError {
         /// What does not fit.
         reason: String,
     },
+    /// The database refused something or cannot be reached.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+    /// There is no key, or it did not sign.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// A node did not answer.
+    #[error(transparent)]
+    Rpc(#[from] RpcError),
+    /// A node of another chain.
+    #[error("the node is one of chain {found}, not of chain {expected}; check --rpc and chain_id")]
+    WrongChain {
+        /// As configured.
+        expected: u64,
+        /// The node's.
+        found: u64,
+    },
+    /// A field of a request.
+    #[error(transparent)]
+    Invalid(#[from] InvalidField),
+    /// An address without a contract.
+    #[error("there is no contract at {address} on chain {chain}; run `openlora chain deploy`, or correct the address")]
+    NoCode {
+        /// As configured.
+        address: Address,
+        /// The chain's id.
+        chain: u64,
+    },
+    /// Another contract than the one that was deployed.
+    #[error(
+        "the contract at {address} has code with the hash {found} instead of {expected}; correct the address, or run \
+         `openlora chain deploy`"
+    )]
+    OtherCode {
+        /// As configured.
+        address: Address,
+        /// Keccak of the code that was deployed.
+        expected: B256,
+        /// Keccak of the code found.
+        found: B256,
+    },
+    /// A call that would only cost.
+    #[error("the contract would refuse it: {reason}; `openlora settle status` tells the state of the epochs")]
+    WouldRevert {
+        /// The contract's reason.
+        reason: String,
+    },
+    /// A call that uses more than it may.
+    #[error("it needs {needed} gas and may use {max} (gas_max)")]
+    GasTooHigh {
+        /// As the node estimates.
+        needed: u64,
+        /// The intent's bound.
+        max: u64,
+    },
+    /// An account that cannot pay.
+    #[error("{account} has {has} wei and may need {needed}; send it at least {}", needed - has)]
+    Balance {
+        /// Who pays.
+        account: Address,
+        /// For everything that is under way, at worst.
+        needed: U256,
+        /// The balance.
+        has: U256,
+    },
+    /// A view that was to tell whether an intent is done.
+    #[error("{to} does not tell whether it has happened: {reason}")]
+    DoneView {
+        /// The contract.
+        to: Address,
+        /// Its reason.
+        reason: String,
+    },
+    /// One key for two calls.
+    #[error("the key `{key}` stands for another call already; give this one a key of its own")]
+    KeyTaken {
+        /// The key.
+        key: String,
+    },
+    /// A bound of the outbox.
+    #[error("{max} intents wait to be final (queue_max); `openlora settle status` tells what for")]
+    OutboxFull {
+        /// The bound.
+        max: usize,
+    },
+    /// No intent of this account.
+    #[error("there is no intent {id} of this account")]
+    UnknownIntent {
+        /// Its number.
+        id: i64,
+    },
+    /// An intent that cannot be retried.
+    #[error("intent {id} has not failed; only one that was refused or reverted can be tried again")]
+    NotFailed {
+        /// Its number.
+        id: i64,
+    },
+    /// The ledger's.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// A contract that does not answer as ours does.
+    #[error("{to} does not answer {call}: {reason}")]
+    View {
+        /// The contract.
+        to: Address,
+        /// What it was asked.
+        call: &'static str,
+        /// What came of it.
+        reason: String,
+    },
+    /// Code that is not ours.
+    #[error(
+        "the contract at {address} is not this release's {name}; correct the address, or run `openlora chain deploy`"
+    )]
+    NotOurs {
+        /// As configured.
+        address: Address,
+        /// What was expected there.
+        name: &'static str,
+    },
+    /// A bundle of another contract.
+    #[error("the bundle of epoch {epoch} is of another chain, contract or token than {ours}; seal it for this one")]
+    OtherContract {
+        /// Its number.
+        epoch: u64,
+        /// As configured.
+        ours: Address,
+    },
+    /// An epoch before whose turn it is.
+    #[error("the contract takes epoch {next} next, not {epoch}; `openlora settle status` tells what is under way")]
+    NotDue {
+        /// The epoch.
+        epoch: u64,
+        /// What comes before it.
+        next: u64,
+    },
+    /// Another root than ours.
+    #[error("epoch {epoch} has the root {other} on the chain and {root} here; `openlora settle verify` compares them")]
+    OtherRoot {
+        /// The epoch.
+        epoch: u64,
+        /// The bundle's.
+        root: B256,
+        /// The chain's.
+        other: B256,
+    },
+    /// Tokens are missing.
+    #[error(
+        "epoch {epoch} pays {missing} more units than are there: send that much of the token {token} to {to} first"
+    )]
+    Unfunded {
+        /// The epoch.
+        epoch: u64,
+        /// In the token's smallest unit.
+        missing: U256,
+        /// The token.
+        token: Address,
+        /// The contract.
+        to: Address,
+    },
+    /// An epoch that was not proposed.
+    #[error("epoch {epoch} is not proposed; run `openlora settle propose`")]
+    NotProposed {
+        /// The epoch.
+        epoch: u64,
+    },
+    /// A disputed epoch.
+    #[error("epoch {epoch} is disputed by {challenger}; the arbiter has until {resolvable_until} (seconds since 1970)")]
+    InDispute {
+        /// The epoch.
+        epoch: u64,
+        /// Who challenged it.
+        challenger: Address,
+        /// Seconds since 1970.
+        resolvable_until: u64,
+    },
+    /// An epoch that may still be challenged.
+    #[error("epoch {epoch} can be finalized in {seconds} s; `openlora settle finalize --wait` waits for it")]
+    WindowOpen {
+        /// The epoch.
+        epoch: u64,
+        /// Until then.
+        seconds: u64,
+    },
+    /// An epoch that nothing can be claimed from yet.
+    #[error("epoch {epoch} is not final; `openlora settle status` tells where it is")]
+    NotFinal {
+        /// The epoch.
+        epoch: u64,
+    },
+    /// Another process sends for the account now.
+    #[error("another process sends for {account} now")]
+    LeaseLost {
+        /// Who pays.
+        account: String,
+    },
+    /// A chain that has forgotten what was final.
+    #[error(
+        "nonce {nonce} of {account} was final and the chain has used only {latest}: it was started anew or is another one \
+         with the same id; use a database of its own for it"
+    )]
+    RolledBack {
+        /// Who pays.
+        account: Address,
+        /// The highest final one.
+        nonce: u64,
+        /// Nonces used on the chain.
+        latest: u64,
+    },
+    /// Bytes of the outbox that are none of a transaction.
+    #[error("the bytes kept of transaction {hash} are broken; restore the database from a backup")]
+    BrokenTransaction {
+        /// Its hash.
+        hash: B256,
+    },
+}
+
+impl Failure for SettlementError {
+    fn database(&self) -> Option<&DatabaseError> {
+        match self {
+            Self::Database(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 impl Classify for SettlementError {
     fn is_retryable(&self) -> bool {
-        false
+        match self {
+            Self::Database(error) => error.is_retryable(),
+            Self::Rpc(error) => error.is_retryable(),
+            Self::Ledger(error) => error.is_retryable(),
+            Self::WindowOpen { .. } => true,
+            Self::OutboxFull { .. } | Self::Balance { .. } => true,
+            _ => false,
+        }
     }
 
     fn fault(&self) -> Fault {
-        Fault::Client
+        match self {
+            Self::Database(error) => error.fault(),
+            Self::Rpc(error) => error.fault(),
+            Self::Ledger(error) => error.fault(),
+            Self::BrokenTransaction { .. } => Fault::Server,
+            _ => Fault::Client,
+        }
     }
 }

@@ -1,11 +1,23 @@
 //! From a ledger's epochs to an EVM Layer-2: payout trees and what is published of them, transactions that are sent exactly
 //! once, and a watcher that challenges wrong roots. The only room that speaks to a chain.
 //!
-//! Where to start: [`tree`] is what accounts are paid by, [`bundle`] what is published of an epoch.
+//! Where to start: [`epochs`] is an epoch's way from the ledger to those it pays; [`tree`] is what they are paid by, [`bundle`] what
+//! is published, [`sender`] what gets transactions onto the chain.
 
 pub mod bundle;
+pub mod chain;
 pub mod contracts;
+pub mod epochs;
 mod error;
+pub mod fees;
+pub mod keys;
+pub mod outbox;
+mod preflight;
+mod rpc;
+pub mod sender;
+mod transaction;
 pub mod tree;
+mod turn;
 
 pub use error::SettlementError;
+pub use rpc::{RpcConfig, RpcError, RpcUrl};
