@@ -7,6 +7,7 @@
 pub mod bundle;
 pub mod chain;
 pub mod contracts;
+pub mod deploy;
 pub mod epochs;
 mod error;
 pub mod fees;
@@ -18,6 +19,7 @@ pub mod sender;
 mod transaction;
 pub mod tree;
 mod turn;
+pub mod watch;
 
 pub use error::SettlementError;
 pub use rpc::{RpcConfig, RpcError, RpcUrl};

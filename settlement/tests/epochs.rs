@@ -1,0 +1,375 @@
+//! An epoch from the ledger to the accounts it pays, on a real node.
+
+#[path = "sender/anvil.rs"]
+#[expect(dead_code, reason = "shared with the sender's tests, which use all of it")]
+mod anvil;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use alloy::primitives::{Address, B256, Bytes, U256};
+use alloy::signers::local::PrivateKeySigner;
+use alloy::sol_types::SolCall as _;
+use openlora_database::{Database, DatabaseUrl};
+use openlora_ledger::{
+    Account, Address as PayoutAddress, Asset, Ledger, LedgerConfig, Payees, Prices, Request, Split, Target, Tokens, Usage,
+};
+use openlora_settlement::bundle::{Bundle, Epoch};
+use openlora_settlement::chain::{At, Chain};
+use openlora_settlement::contracts::{Code, OpenToken, RewardSettlement, TimelockController};
+use openlora_settlement::deploy::{Deployment, Plan, deploy};
+use openlora_settlement::epochs::{Contract, Standing, bundle_of};
+use openlora_settlement::keys::Signer;
+use openlora_settlement::outbox::{Content, Intent, SCHEMA, Status};
+use openlora_settlement::sender::{Sender, SenderConfig};
+use openlora_settlement::tree::Payout;
+use openlora_settlement::watch::{Verdict, judge};
+use openlora_settlement::{RpcConfig, RpcUrl, SettlementError};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use anvil::{ACCOUNT, Anvil, KEY};
+
+const WINDOW: u32 = 3_600;
+const CONTRIBUTORS: u64 = 60;
+
+/// A chain with everything deployed, a ledger, and one account that may do everything.
+struct Stage {
+    anvil: Anvil,
+    sender: Sender,
+    deployment: Deployment,
+    contract: Contract,
+    ledger: Ledger,
+    asset: Asset,
+    requests: u64,
+    _dir: TempDir,
+}
+
+impl Stage {
+    async fn new() -> Self {
+        let anvil = Anvil::start();
+        // Every transaction is in a block at once; a block is final two blocks later.
+        anvil.ask("evm_setAutomine", json!([true]));
+        let dir = TempDir::new().expect("a temporary folder");
+        let url = |name: &str| DatabaseUrl::sqlite(&dir.path().join(name));
+        let chain = {
+            let url = RpcUrl::parse("rpc", &anvil.url()).expect("a URL");
+            Chain::open(&url, 31_337, RpcConfig::default(), RewardSettlement::describe).await.expect("a node")
+        };
+        let signer = Signer::Local(PrivateKeySigner::from_bytes(&KEY).expect("a key"));
+        let database = Arc::new(Database::open(&url("outbox.db"), SCHEMA).await.expect("a database"));
+        let config = SenderConfig {
+            poll: Duration::from_millis(5),
+            cost_max: U256::from(10).pow(U256::from(18)),
+            ..SenderConfig::default()
+        };
+        let sender = Sender::new(chain.clone(), signer, database, config);
+        let plan = Plan::local(ACCOUNT, WINDOW);
+        let deployment = deploy(&sender, "test", &plan, &mut |_, _| {}).await.expect("deployed");
+        let contract = Contract::open(chain, deployment.settlement).await.expect("ours");
+        let ledger = Ledger::open(&url("ledger.db"), LedgerConfig::default()).await.expect("a ledger");
+        let asset = Asset::parse("OPEN").expect("an asset");
+        let prices = Prices { prompt: 1_000_000_000, cached: 500_000_000, completion: 3_000_000_000 };
+        ledger.set_prices("p", &Target::Adapters, &asset, prices).await.expect("prices");
+        let split = Split { owner: 3_000, contributors: 4_000, base_owner: 1_000, parents: 0, operator: 2_000 };
+        ledger.set_split("s", &Target::Adapters, split).await.expect("a split");
+        ledger.deposit("d", "shop", &asset, 1_000_000_000).await.expect("deposited");
+        for (number, account) in
+            [Account::Owner("acme".into()), Account::Operator].into_iter().chain(contributors()).enumerate()
+        {
+            let address = PayoutAddress(payee(number as u64).into());
+            ledger.set_address(&format!("a{number}"), &account, Some(address)).await.expect("an address");
+        }
+        Self { anvil, sender, deployment, contract, ledger, asset, requests: 0, _dir: dir }
+    }
+
+    /// Some requests whose answers two contributors each shaped.
+    async fn work(&mut self, requests: u64) {
+        for _ in 0..requests {
+            self.requests += 1;
+            let (number, key) = (self.requests, format!("r{}", self.requests));
+            let request = Request {
+                application: "shop".into(),
+                asset: self.asset.clone(),
+                generation: Some("ab".repeat(32)),
+                alias: Some("acme/cwe".into()),
+                prompt_tokens: 100,
+                completion_tokens_max: 50,
+            };
+            self.ledger.reserve(&key, &request).await.expect("reserved");
+            let usage = Usage {
+                request_id: key.clone(),
+                receipt: Some(format!("receipt-{number}")),
+                tokens: Tokens { prompt: 100, cached: 10, completion: number % 50 },
+                payees: Payees { owner: Some("acme".into()), ..Payees::default() },
+            };
+            self.ledger.post(&key, &usage).await.expect("posted");
+            let name = |i: u64| format!("contributor-{}", i % CONTRIBUTORS);
+            let shares = vec![(name(number), 3), (name(number + 7), 1)];
+            self.ledger.attribute(&format!("receipt-{number}"), shares, 1).await.expect("attributed");
+        }
+    }
+
+    async fn seal(&self) -> Bundle {
+        let epoch = self.ledger.seal().await.expect("something to seal");
+        self.bundle(epoch.number).await
+    }
+
+    async fn bundle(&self, number: u64) -> Bundle {
+        bundle_of(&self.ledger, number, self.contract.settles(), &self.asset).await.expect("a bundle")
+    }
+
+    /// Sends an intent and sees it final.
+    async fn send(&self, intent: Intent) -> Status {
+        let id = self.contract.submit(&self.sender, intent).await.expect("taken");
+        let waiting = self.sender.wait_finalized(id, |status| {
+            if matches!(status, Status::Mined { .. }) {
+                self.anvil.mine(3);
+            }
+        });
+        waiting.await.expect("a sound node")
+    }
+
+    async fn succeeds(&self, intent: Option<Intent>) {
+        let status = self.send(intent.expect("something to send")).await;
+        assert!(matches!(status, Status::Finalized { reverted: None, .. }), "{status:?}");
+    }
+
+    /// A call of no epoch's.
+    async fn call(&self, to: Address, call: Bytes, value: U256) {
+        let key = format!("test {}", alloy::primitives::keccak256(&call));
+        let content = Content { to: Some(to), data: call, value, gas_max: 500_000, done: None };
+        self.succeeds(Some(Intent { key, content })).await;
+    }
+
+    async fn fund(&self, amount: u128) {
+        let call = OpenToken::transferCall { to: self.deployment.settlement, value: U256::from(amount) };
+        self.call(self.deployment.token, call.abi_encode().into(), U256::ZERO).await;
+    }
+
+    fn now(&self) -> u64 {
+        let block: Value = self.anvil.ask("eth_getBlockByNumber", json!(["latest", false]));
+        anvil::number(&block["timestamp"])
+    }
+
+    fn pass(&self, seconds: u32) {
+        self.anvil.ask("evm_increaseTime", json!([seconds]));
+        self.anvil.mine(1);
+    }
+
+    async fn finalize(&self, bundle: &Bundle) {
+        self.pass(WINDOW);
+        let intent = self.contract.finalize(bundle, self.now()).await.expect("due");
+        self.succeeds(intent).await;
+    }
+
+    /// Has every account of an epoch paid.
+    async fn pay(&self, bundle: &Bundle) {
+        let accounts: Vec<Address> = bundle.tree().payouts().iter().map(|payout| payout.account).collect();
+        for accounts in accounts.chunks(20) {
+            let intent = self.contract.claim(bundle, accounts).await.expect("final");
+            self.succeeds(intent).await;
+        }
+    }
+
+    /// Fails unless every account has been paid what the epoch says, and the contract paid nobody else.
+    async fn assert_paid(&self, bundle: &Bundle) {
+        for Payout { account, cumulative } in bundle.tree().payouts() {
+            let has = self.contract.balance(*account, At::Latest).await.expect("a balance");
+            assert_eq!(has, U256::from(*cumulative), "{account}");
+        }
+        let state = self.contract.state(At::Latest).await.expect("a state");
+        assert_eq!((state.claimed, state.finalized), (U256::from(bundle.tree().total()), state.claimed));
+    }
+}
+
+fn contributors() -> impl Iterator<Item = Account> {
+    (0..CONTRIBUTORS).map(|i| Account::Contributor(format!("contributor-{i}")))
+}
+
+fn payee(number: u64) -> Address {
+    Address::from_word(U256::from(0xaaaa_0000 + number).into())
+}
+
+#[tokio::test]
+async fn everything_is_deployed_as_compiled_and_only_the_governor_is_left_in_charge() {
+    let stage = Stage::new().await;
+    let Deployment { token, timelock, governor, settlement, datanets, models, .. } = stage.deployment;
+    let chain = stage.contract.chain();
+    for (code, address) in [
+        (Code::TOKEN, token),
+        (Code::TIMELOCK, timelock),
+        (Code::GOVERNOR, governor),
+        (Code::SETTLEMENT, settlement),
+        (Code::DATANETS, datanets),
+        (Code::MODELS, models),
+    ] {
+        let found = chain.code(address).await.expect("code");
+        assert!(code.is(&found), "{}", code.name);
+        assert!(!code.is(&found[1..]) && !code.is(&[]), "{}", code.name);
+    }
+    let holds = async |role: &str, account: Address| {
+        let role = if role.is_empty() { B256::ZERO } else { alloy::primitives::keccak256(role) };
+        let call = TimelockController::hasRoleCall { role, account };
+        let answer = chain.view(timelock, call.abi_encode().into(), At::Latest).await.expect("asked").expect("answered");
+        TimelockController::hasRoleCall::abi_decode_returns(&answer).expect("a truth")
+    };
+    assert!(holds("PROPOSER_ROLE", governor).await && holds("CANCELLER_ROLE", governor).await);
+    assert!(holds("EXECUTOR_ROLE", Address::ZERO).await && holds("", timelock).await);
+    assert!(!holds("", ACCOUNT).await && !holds("PROPOSER_ROLE", ACCOUNT).await);
+    // Called again it changes nothing.
+    let nonce = stage.anvil.nonce(ACCOUNT);
+    let again = deploy(&stage.sender, "test", &Plan::local(ACCOUNT, WINDOW), &mut |_, _| {}).await.expect("known");
+    assert_eq!((again, stage.anvil.nonce(ACCOUNT)), (stage.deployment, nonce));
+}
+
+#[tokio::test]
+async fn what_epochs_say_is_paid_exactly_once() {
+    let mut stage = Stage::new().await;
+    let contract = stage.contract.clone();
+    stage.work(70).await;
+    let first = stage.seal().await;
+    assert_eq!(first.tree().payouts().len() as u64, CONTRIBUTORS + 2);
+    let unfunded = contract.propose(&first).await.expect_err("no tokens");
+    let missing = U256::from(first.tree().total());
+    assert!(matches!(&unfunded, SettlementError::Unfunded { missing: m, .. } if *m == missing), "{unfunded}");
+    stage.fund(first.tree().total()).await;
+
+    let (epoch, root) = (1, first.tree().root());
+    assert_eq!(contract.standing(epoch, root, At::Latest).await.expect("asked"), Standing::Due);
+    assert!(matches!(contract.finalize(&first, stage.now()).await, Err(SettlementError::NotProposed { epoch: 1 })));
+    assert!(matches!(contract.claim(&first, &[payee(0)]).await, Err(SettlementError::NotFinal { epoch: 1 })));
+    stage.succeeds(contract.propose(&first).await.expect("due")).await;
+    assert!(matches!(contract.standing(epoch, root, At::Latest).await, Ok(Standing::Proposed { .. })));
+    assert!(contract.propose(&first).await.expect("proposed").is_none(), "once");
+    assert!(matches!(contract.finalize(&first, stage.now()).await, Err(SettlementError::WindowOpen { .. })));
+    let open = contract.state(At::Latest).await.expect("a state").open.expect("a proposal");
+    assert_eq!(judge(&open, &stage.ledger, contract.settles(), &stage.asset).await.expect("judged"), Verdict::Right);
+    stage.finalize(&first).await;
+    assert_eq!(contract.standing(epoch, root, At::Latest).await.expect("asked"), Standing::Finalized);
+    assert!(contract.finalize(&first, stage.now()).await.expect("final").is_none(), "once");
+    stage.pay(&first).await;
+    stage.assert_paid(&first).await;
+    assert!(contract.claim(&first, &[payee(0), payee(1)]).await.expect("paid").is_none(), "once");
+    assert!(contract.claim(&first, &[ACCOUNT]).await.expect("no leaf").is_none());
+
+    // A later epoch has all that was earned so far: it pays the difference, to some for two epochs at once.
+    stage.work(40).await;
+    let second = stage.seal().await;
+    second.follows(&first).expect("it goes on");
+    let third_is_early = Bundle::new(contract.settles(), Epoch { number: 3, ..epoch_of(&second) }).expect("a bundle");
+    assert!(matches!(contract.propose(&third_is_early).await, Err(SettlementError::NotDue { epoch: 3, next: 2 })));
+    stage.fund(second.tree().total() - first.tree().total()).await;
+    stage.succeeds(contract.propose(&second).await.expect("due")).await;
+    stage.finalize(&second).await;
+    // One by itself, through its own claim.
+    stage.succeeds(contract.claim(&second, &[payee(5)]).await.expect("final")).await;
+    stage.pay(&second).await;
+    stage.assert_paid(&second).await;
+    stage.ledger.verify(|_, _| {}).await.expect("a sound ledger");
+    assert_eq!(stage.bundle(1).await.to_json(), first.to_json(), "an epoch never changes");
+}
+
+/// The same content under other roots.
+fn epoch_of(bundle: &Bundle) -> Epoch {
+    let manifest = bundle.manifest();
+    Epoch {
+        number: manifest.epoch,
+        rows: (manifest.first_row, manifest.last_row),
+        ledger_head: manifest.ledger_head,
+        sealed_unix_s: manifest.sealed_unix_s,
+        payouts: bundle.tree().payouts().to_vec(),
+        receipts: bundle.receipts().to_vec(),
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_root_is_noticed_challenged_and_never_paid_from() {
+    let mut stage = Stage::new().await;
+    let contract = stage.contract.clone();
+    stage.work(5).await;
+    let right = stage.seal().await;
+    stage.fund(right.tree().total()).await;
+    // The proposer pays itself what an account earned.
+    let mut stolen = epoch_of(&right);
+    let (last, total) = (stolen.payouts.len() - 1, right.tree().total());
+    stolen.payouts[last].account = Address::repeat_byte(0xff);
+    let wrong = Bundle::new(contract.settles(), stolen).expect("a tree as any");
+    assert_eq!(wrong.tree().total(), total);
+    stage.succeeds(contract.propose(&wrong).await.expect("due")).await;
+    let error = contract.propose(&right).await.expect_err("another is open");
+    assert!(matches!(error, SettlementError::OtherRoot { epoch: 1, .. }), "{error}");
+
+    let open = contract.state(At::Latest).await.expect("a state").open.expect("a proposal");
+    let verdict = judge(&open, &stage.ledger, contract.settles(), &stage.asset).await.expect("judged");
+    let (said, computed) = (wrong.tree().root().to_string(), right.tree().root().to_string());
+    assert_eq!(verdict, Verdict::Wrong { field: "payout_root", said, computed });
+    stage.succeeds(Some(contract.challenge(&open, right.manifest().hash()))).await;
+    assert!(matches!(contract.finalize(&wrong, u64::MAX).await, Err(SettlementError::InDispute { epoch: 1, .. })));
+    let resolve = RewardSettlement::resolveCall { epoch: 1, payoutRoot: open.root, upheld: true };
+    stage.call(stage.deployment.settlement, resolve.abi_encode().into(), U256::ZERO).await;
+    assert_eq!(contract.standing(1, right.tree().root(), At::Latest).await.expect("asked"), Standing::Due);
+
+    stage.succeeds(contract.propose(&right).await.expect("due")).await;
+    stage.finalize(&right).await;
+    assert!(matches!(contract.claim(&wrong, &[Address::repeat_byte(0xff)]).await, Err(SettlementError::OtherRoot { .. })));
+    stage.pay(&right).await;
+    stage.assert_paid(&right).await;
+    assert_eq!(contract.balance(Address::repeat_byte(0xff), At::Latest).await.expect("a balance"), U256::ZERO);
+}
+
+/// A root that was rejected because nobody ruled in time is right all the same, and is proposed again.
+#[tokio::test]
+async fn the_same_root_can_be_proposed_again_after_a_rejection() {
+    let mut stage = Stage::new().await;
+    let contract = stage.contract.clone();
+    stage.work(3).await;
+    let bundle = stage.seal().await;
+    stage.fund(bundle.tree().total()).await;
+    for _ in 0..2 {
+        stage.succeeds(contract.propose(&bundle).await.expect("due")).await;
+        let open = contract.state(At::Latest).await.expect("a state").open.expect("a proposal");
+        stage.succeeds(Some(contract.challenge(&open, B256::ZERO))).await;
+        stage.pass(WINDOW);
+        let expire = RewardSettlement::expireCall { epoch: 1, payoutRoot: open.root };
+        let content = Content {
+            to: Some(stage.deployment.settlement),
+            data: expire.abi_encode().into(),
+            value: U256::ZERO,
+            gas_max: 500_000,
+            done: None,
+        };
+        stage.succeeds(Some(Intent { key: "expire".into(), content })).await;
+    }
+    stage.succeeds(contract.propose(&bundle).await.expect("due")).await;
+    stage.finalize(&bundle).await;
+    stage.pay(&bundle).await;
+    stage.assert_paid(&bundle).await;
+}
+
+#[tokio::test]
+async fn a_proposal_of_an_epoch_that_is_not_sealed_is_unknown() {
+    let mut stage = Stage::new().await;
+    stage.work(1).await;
+    let first = stage.seal().await;
+    stage.fund(first.tree().total()).await;
+    let elsewhere = Ledger::open(
+        &DatabaseUrl::sqlite(&stage._dir.path().join("other.db")),
+        LedgerConfig::default(),
+    );
+    let elsewhere = elsewhere.await.expect("a ledger");
+    stage.succeeds(stage.contract.propose(&first).await.expect("due")).await;
+    let open = stage.contract.state(At::Latest).await.expect("a state").open.expect("a proposal");
+    let verdict = judge(&open, &elsewhere, stage.contract.settles(), &stage.asset).await.expect("judged");
+    assert_eq!(verdict, Verdict::Unknown { last: 0 });
+}
+
+#[tokio::test]
+async fn what_is_not_our_contract_is_refused_by_name() {
+    let stage = Stage::new().await;
+    let chain = stage.contract.chain().clone();
+    let error = Contract::open(chain.clone(), stage.deployment.token).await.expect_err("a token").to_string();
+    assert!(error.contains("is not this release's RewardSettlement") && error.contains("openlora chain deploy"), "{error}");
+    let error = Contract::open(chain, payee(0)).await.expect_err("nothing").to_string();
+    assert!(error.contains("there is no contract at"), "{error}");
+}
