@@ -267,6 +267,19 @@ pub enum SettlementError {
         /// Who pays.
         account: String,
     },
+    /// Another chain with the same id, such as a local one that was started anew.
+    #[error(
+        "the node's chain {id} begins with block {found} and this database was used with one that begins with {expected}; use \
+         a database of its own for each chain"
+    )]
+    OtherChain {
+        /// The id of both.
+        id: u64,
+        /// The first block's hash as it was.
+        expected: B256,
+        /// The first block's hash now.
+        found: B256,
+    },
     /// A chain that has forgotten what was final.
     #[error(
         "nonce {nonce} of {account} was final and the chain has used only {latest}: it was started anew or is another one \

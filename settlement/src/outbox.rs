@@ -391,6 +391,16 @@ impl Outbox {
         Ok(column::<Option<i64>>(&row, "nonce")?.map(|nonce| nonce as u64))
     }
 
+    /// The chain's first block, as it was when this was asked first.
+    pub(crate) async fn genesis(&self, lease: &Lease, found: B256) -> Result<B256, SettlementError> {
+        self.fenced(lease, async |db| {
+            let sql = "UPDATE sender_lease SET genesis = COALESCE(genesis, $3) WHERE chain = $1 AND account = $2 RETURNING genesis";
+            let statement = query(sql).bind(self.chain).bind(&self.account).bind(found.to_string());
+            parsed(&column::<String>(&statement.fetch_one(db).await.map_err(failed(WRITE))?, "genesis")?)
+        })
+        .await
+    }
+
     /// The lowest nonce never given away: as kept, unless the chain is further (the key was used elsewhere).
     pub(crate) async fn next_nonce(&self, lease: &Lease, of_chain: u64) -> Result<u64, SettlementError> {
         self.fenced(lease, async |db| {

@@ -78,9 +78,12 @@ impl Sender {
             return Ok(Turn::default());
         };
         let mut turn = Turn { leads: true, ..Turn::default() };
+        let again = self.fresh.load(Ordering::Relaxed);
+        if again {
+            self.check_genesis(&lease).await?;
+        }
         let view = self.look(now).await?;
         let mut next = self.outbox.next_nonce(&lease, view.pending.max(view.latest)).await?;
-        let again = self.fresh.load(Ordering::Relaxed);
         for slot in self.outbox.slots().await? {
             self.follow(&lease, &view, &slot, again, &mut turn).await?;
         }
@@ -88,6 +91,16 @@ impl Sender {
         self.send_queued(&lease, &view, &mut next, &mut turn).await?;
         self.fresh.store(false, Ordering::Relaxed);
         Ok(turn)
+    }
+
+    /// What is signed for one chain is valid on every other with the same id.
+    async fn check_genesis(&self, lease: &Lease) -> Result<(), SettlementError> {
+        let Some(first) = self.chain.block(At::Block(0)).await? else { return Ok(()) };
+        let expected = self.outbox.genesis(lease, first.hash).await?;
+        match expected == first.hash {
+            true => Ok(()),
+            false => Err(SettlementError::OtherChain { id: self.chain.id(), expected, found: first.hash }),
+        }
     }
 
     async fn look(&self, now: UnixMs) -> Result<View, SettlementError> {

@@ -6,6 +6,8 @@ CREATE TABLE sender_lease (
     -- Rises with each holder: one that was overtaken no longer matches.
     fence BIGINT NOT NULL,
     expires_ms BIGINT NOT NULL,
+    -- Hash of the chain's first block, as the first turn found it: another chain may have the same id.
+    genesis TEXT,
     -- The lowest nonce never given away; NULL before the first turn.
     next_nonce BIGINT,
     PRIMARY KEY (chain, account)

@@ -29,13 +29,17 @@ pub(crate) struct Anvil {
 impl Anvil {
     /// Blocks come when a test mines them, and are final two blocks later.
     pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    pub(crate) fn start_with(arguments: &[&str]) -> Self {
         let home = env::var_os("OPENLORA_HOME").map(PathBuf::from).unwrap_or_else(|| {
             PathBuf::from(env::var_os("HOME").expect("HOME or OPENLORA_HOME")).join(".cache/openlora")
         });
         let program = home.join("anvil/1.7.1/anvil");
         assert!(program.exists(), "there is no {}; run scripts/fetch-anvil.sh", program.display());
         let mut command = Command::new(program);
-        command.args(["--port", "0", "--optimism", "--slots-in-an-epoch", "1"]).stdout(Stdio::piped());
+        command.args(["--port", "0", "--optimism", "--slots-in-an-epoch", "1"]).args(arguments).stdout(Stdio::piped());
         let mut process = command.spawn().expect("anvil runs here");
         let mut lines = BufReader::new(process.stdout.take().expect("piped")).lines();
         let port = lines.by_ref().find_map(|line| line.ok()?.strip_prefix("Listening on 127.0.0.1:")?.parse().ok());

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use alloy::primitives::B256;
 use openlora_settlement::{
     RpcConfig, RpcUrl, SettlementError,
     chain::Chain,
@@ -214,6 +215,24 @@ async fn a_sender_that_was_overtaken_while_the_node_was_silent_gives_no_nonce_aw
         assert_eq!((stage.counted(i), stage.anvil.nonce(ACCOUNT)), (1, i), "{method}");
         quick.close().await.expect("closed");
     }
+}
+
+#[tokio::test]
+async fn a_receipt_of_a_block_that_is_not_part_of_the_chain_counts_for_nothing() {
+    let stage = Stage::new().await;
+    let proxy = Proxy::start(stage.anvil.port).await;
+    let sender = behind(&stage, &proxy).await;
+    let id = sender.submit(&stage.count(1)).await.expect("kept");
+    turn(&sender, 0).await;
+    let hash = hashes(&sender, id).await[0];
+    let stale = json!({ "jsonrpc": "2.0", "id": "the question's", "result": { "transactionHash": hash, "blockHash": B256::ZERO,
+        "blockNumber": "0x0", "status": "0x1", "gasUsed": "0x5208" } });
+    proxy.fail("eth_getTransactionReceipt", Fault::Say(200, stale.to_string()));
+    let unmoved = turn(&sender, 1).await;
+    assert!(proxy.is_done());
+    assert_eq!((unmoved.mined, unmoved.finalized), (0, 0), "block 0 is final, and another");
+    assert!(matches!(stage.settle(&sender, id).await, Status::Finalized { hash: found, .. } if found == hash));
+    assert_eq!(stage.counted(1), 1);
 }
 
 /// As a server runs it.

@@ -13,6 +13,9 @@ use tokio::{
 
 use crate::anvil::post;
 
+/// Stands for a question's id.
+pub(crate) const ID: &str = "\"the question's\"";
+
 /// What happens to one question.
 #[derive(Clone)]
 pub(crate) enum Fault {
@@ -26,7 +29,7 @@ pub(crate) enum Fault {
     RepeatAnswer,
     /// The node gets it after the other end has gone or `Notify` was told.
     Hold(Arc<Notify>),
-    /// This status and body arrive, and the node hears nothing.
+    /// This status and body arrive, with the question's id for [`ID`], and the node hears nothing.
     Say(u16, String),
 }
 
@@ -81,38 +84,39 @@ impl Proxy {
 
 async fn serve(mut stream: TcpStream, node: u16, state: Arc<Mutex<State>>) {
     while let Some(question) = read(&mut stream).await {
-        let method = serde_json::from_slice::<serde_json::Value>(&question).expect("JSON")["method"].clone();
+        let asked: serde_json::Value = serde_json::from_slice(&question).expect("JSON");
+        let (method, id) = (&asked["method"], &asked["id"]);
         let fault = {
             let mut state = state.lock().expect("no panic");
             state.seen.push(method.as_str().expect("a method").to_owned());
-            let at = state.faults.iter().position(|(named, _)| *named == method);
+            let at = state.faults.iter().position(|(named, _)| named == method);
             at.and_then(|at| state.faults.remove(at)).map(|(_, fault)| fault)
         };
-        let asked = async || {
+        let pass = async || {
             let question = question.clone();
             tokio::task::spawn_blocking(move || post(node, &question)).await.expect("anvil answers")
         };
         let (status, answer, times) = match fault {
-            None => (200, asked().await, 1),
+            None => (200, pass().await, 1),
             Some(Fault::LoseQuestion) => return,
             Some(Fault::LoseAnswer) => {
-                asked().await;
+                pass().await;
                 return;
             }
             Some(Fault::RepeatQuestion) => {
-                asked().await;
-                (200, asked().await, 1)
+                pass().await;
+                (200, pass().await, 1)
             }
-            Some(Fault::RepeatAnswer) => (200, asked().await, 2),
+            Some(Fault::RepeatAnswer) => (200, pass().await, 2),
             Some(Fault::Hold(until)) => {
                 let mut byte = [0];
                 tokio::select! {
                     () = until.notified() => {}
                     _gone = stream.read(&mut byte) => {}
                 }
-                (200, asked().await, 1)
+                (200, pass().await, 1)
             }
-            Some(Fault::Say(status, text)) => (status, text.into_bytes(), 1),
+            Some(Fault::Say(status, text)) => (status, text.replace(ID, &id.to_string()).into_bytes(), 1),
         };
         let head = format!(
             "HTTP/1.1 {status} Said\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",

@@ -11,7 +11,7 @@ use openlora_settlement::{
 use serde_json::json;
 
 use crate::{
-    anvil::{ACCOUNT, OTHER, number},
+    anvil::{ACCOUNT, Anvil, OTHER, number},
     stage::{Stage, hashes, turn},
 };
 
@@ -387,6 +387,20 @@ async fn a_chain_that_was_started_anew_is_not_mistaken_for_the_old_one() {
         matches!(error, SettlementError::RolledBack { nonce: 0, latest: 0, account } if account == ACCOUNT),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn what_was_signed_for_one_chain_is_not_sent_to_another_with_its_id() {
+    let stage = Stage::new().await;
+    let sender = stage.sender().await;
+    sender.submit(&stage.count(1)).await.expect("kept");
+    turn(&sender, 0).await;
+    let other = Anvil::start_with(&["--timestamp", "1000000000"]);
+    let moved = stage.sender_by(&other.url(), SenderConfig::default()).await;
+    sender.close().await.expect("closed");
+    let error = moved.turn().await.expect_err("another first block");
+    assert!(matches!(error, SettlementError::OtherChain { id: 31337, .. }), "{error}");
+    assert!(other.pool().is_empty());
 }
 
 #[tokio::test]
