@@ -148,6 +148,10 @@ pub(crate) fn post_move(balances: &mut Balances, step: &Move) -> Result<(), Ledg
     Ok(())
 }
 
+/// Lines that one statement reads or writes. SQLite looks parameters up one after another: many lines in one statement
+/// take longer than in several.
+const BATCH: usize = 50;
+
 /// `($1, $2), ($3, $4)` for `rows` of `columns`, numbered from `first`.
 fn places(first: usize, rows: usize, columns: usize) -> String {
     let row = |r: usize| {
@@ -167,14 +171,16 @@ async fn balances(db: &mut AnyConnection, moves: &[&Move]) -> Result<Balances, L
     for (asset, mut names) in accounts {
         names.sort_unstable();
         names.dedup();
-        let sql = format!(
-            "SELECT account, credits, debits FROM ledger_balances WHERE asset = $1 AND account IN {}",
-            places(2, 1, names.len())
-        );
-        let statement = names.iter().fold(query(&sql).bind(asset.as_str()), |statement, name| statement.bind(name));
-        for row in statement.fetch_all(&mut *db).await.map_err(read_error)? {
-            let balance = Balance { credits: amount(&row, "credits")?, debits: amount(&row, "debits")? };
-            found.insert((text(&row, "account")?, asset.to_string()), balance);
+        for names in names.chunks(BATCH) {
+            let sql = format!(
+                "SELECT account, credits, debits FROM ledger_balances WHERE asset = $1 AND account IN {}",
+                places(2, 1, names.len())
+            );
+            let statement = names.iter().fold(query(&sql).bind(asset.as_str()), |statement, name| statement.bind(name));
+            for row in statement.fetch_all(&mut *db).await.map_err(read_error)? {
+                let balance = Balance { credits: amount(&row, "credits")?, debits: amount(&row, "debits")? };
+                found.insert((text(&row, "account")?, asset.to_string()), balance);
+            }
         }
     }
     Ok(found)
@@ -187,21 +193,25 @@ async fn apply_moves(db: &mut AnyConnection, seq: u64, moves: &[&Move]) -> Resul
     }
     let mut changed = balances(db, moves).await?;
     moves.iter().try_for_each(|step| post_move(&mut changed, step))?;
-    let sql = format!(
-        "INSERT INTO ledger_balances (account, asset, credits, debits) VALUES {} ON CONFLICT (account, asset) \
-         DO UPDATE SET credits = excluded.credits, debits = excluded.debits",
-        places(1, changed.len(), 4)
-    );
-    let statement = changed.iter().fold(query(&sql), |statement, ((account, asset), balance)| {
-        let (credits, debits) = (Amount(balance.credits).to_bytes(), Amount(balance.debits).to_bytes());
-        statement.bind(account).bind(asset).bind(credits).bind(debits)
-    });
-    statement.execute(&mut *db).await.map_err(write_error)?;
+    for changed in changed.iter().collect::<Vec<_>>().chunks(BATCH) {
+        let sql = format!(
+            "INSERT INTO ledger_balances (account, asset, credits, debits) VALUES {} ON CONFLICT (account, asset) \
+             DO UPDATE SET credits = excluded.credits, debits = excluded.debits",
+            places(1, changed.len(), 4)
+        );
+        let statement = changed.iter().fold(query(&sql), |statement, ((account, asset), balance)| {
+            let (credits, debits) = (Amount(balance.credits).to_bytes(), Amount(balance.debits).to_bytes());
+            statement.bind(account).bind(asset).bind(credits).bind(debits)
+        });
+        statement.execute(&mut *db).await.map_err(write_error)?;
+    }
     let mut accounts: Vec<_> = changed.keys().map(|(account, _)| account).collect();
     accounts.dedup();
-    let sql = format!("INSERT INTO ledger_entries (account, seq) VALUES {}", places(1, accounts.len(), 2));
-    let statement = accounts.iter().fold(query(&sql), |statement, account| statement.bind(*account).bind(i(seq)));
-    statement.execute(db).await.map_err(write_error)?;
+    for accounts in accounts.chunks(BATCH) {
+        let sql = format!("INSERT INTO ledger_entries (account, seq) VALUES {}", places(1, accounts.len(), 2));
+        let statement = accounts.iter().fold(query(&sql), |statement, account| statement.bind(*account).bind(i(seq)));
+        statement.execute(&mut *db).await.map_err(write_error)?;
+    }
     Ok(changed)
 }
 
@@ -330,16 +340,18 @@ async fn apply_leaves(db: &mut AnyConnection, effects: &[Effect], balances: &Bal
     if leaves.is_empty() {
         return Ok(());
     }
-    let sql = format!(
-        "INSERT INTO ledger_leaves (address, asset, epoch, cumulative) VALUES {} ON CONFLICT (address, asset, epoch) \
-         DO UPDATE SET cumulative = excluded.cumulative",
-        places(1, leaves.len(), 4)
-    );
-    let statement = leaves.into_iter().fold(query(&sql), |statement, ((epoch, address, asset), cumulative)| {
-        let statement = statement.bind(address.0.to_vec()).bind(asset.as_str()).bind(i(epoch));
-        statement.bind(Amount(cumulative).to_bytes())
-    });
-    statement.execute(&mut *db).await.map_err(write_error)?;
+    for leaves in leaves.into_iter().collect::<Vec<_>>().chunks(BATCH) {
+        let sql = format!(
+            "INSERT INTO ledger_leaves (address, asset, epoch, cumulative) VALUES {} ON CONFLICT (address, asset, epoch) \
+             DO UPDATE SET cumulative = excluded.cumulative",
+            places(1, leaves.len(), 4)
+        );
+        let statement = leaves.iter().fold(query(&sql), |statement, ((epoch, address, asset), cumulative)| {
+            let statement = statement.bind(address.0.to_vec()).bind(asset.as_str()).bind(i(*epoch));
+            statement.bind(Amount(*cumulative).to_bytes())
+        });
+        statement.execute(&mut *db).await.map_err(write_error)?;
+    }
     for (asset, sum) in sums {
         let sql = "INSERT INTO ledger_totals (asset, cumulative) VALUES ($1, $2) \
                    ON CONFLICT (asset) DO UPDATE SET cumulative = excluded.cumulative";

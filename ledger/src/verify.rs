@@ -39,6 +39,10 @@ struct Replay {
     head: Option<Head>,
     balances: Balances,
     applications: BTreeMap<(String, String), Application>,
+    /// What each row that set prices or a split set.
+    versions: BTreeMap<u64, Operation>,
+    /// Outcomes of the reservations that are open, by their rows.
+    reserved: BTreeMap<u64, Outcome>,
     open: Table,
     held: Table,
     terms: Table,
@@ -119,8 +123,14 @@ impl Replay {
         let digests = touched.iter().map(|account| entry_digest(account, seq));
         self.entries = digests.fold(self.entries, u128::wrapping_add);
         let mut head = Head { seq, hash: row.hash, ..last };
-        if let Operation::Seal { epoch } = body.asked {
-            (head.epoch, head.epoch_row) = (epoch, seq);
+        match (body.asked, body.outcome) {
+            (Operation::Seal { epoch }, _) => (head.epoch, head.epoch_row) = (epoch, seq),
+            (terms @ (Operation::Prices { .. } | Operation::Split { .. }), _) => drop(self.versions.insert(seq, terms)),
+            (_, reserved @ Outcome::Reserved { .. }) => drop(self.reserved.insert(seq, reserved)),
+            (_, Outcome::Posted { reservation, .. } | Outcome::Voided(reservation)) => {
+                self.reserved.remove(&reservation.row);
+            }
+            _ => {}
         }
         Ok(head)
     }
@@ -128,14 +138,23 @@ impl Replay {
     /// Whether the outcome is what the rules give for what was asked, as far as the row says it all.
     fn check_rules(&self, row: &Row, body: &Body, last: &Head) -> Result<(), LedgerError> {
         let fits = match (&body.asked, &body.outcome) {
-            (Operation::Reserve(request), Outcome::Reserved { amount, prices, .. }) => {
+            (Operation::Reserve(request), Outcome::Reserved { amount, prices, split, .. }) => {
                 let completion = request.completion_tokens_max;
                 let worst = Tokens { prompt: request.prompt_tokens, cached: 0, completion };
-                prices.terms.fee(&worst)?.charged == amount.0
+                let set = (self.versions.get(&prices.row), self.versions.get(&split.row));
+                matches!(set, (Some(Operation::Prices { prices: set, .. }), Some(Operation::Split { split: how, .. }))
+                    if (*set, *how) == (prices.terms, split.terms))
+                    && prices.terms.fee(&worst)?.charged == amount.0
             }
-            (Operation::Post(_), Outcome::Posted { reservation, fee, parts }) => {
-                let sum = parts.iter().try_fold(0_u128, |sum, (_, part)| sum.checked_add(part.0));
-                sum == Some(fee.0) && fee.0 <= reservation.reserved.0 && self.opened_by(row, reservation.row)
+            (Operation::Post(usage), Outcome::Posted { reservation, fee, parts }) => {
+                let Some(Outcome::Reserved { amount, prices, split, .. }) = self.reserved.get(&reservation.row) else {
+                    return Err(wrong(row.seq, "it closes a reservation that is not open"));
+                };
+                let due = prices.terms.fee(&usage.tokens)?;
+                due.charged == fee.0
+                    && reservation.reserved == *amount
+                    && split.terms.parts(due, &usage.payees, usage.receipt.is_some())? == *parts
+                    && self.opened_by(row, reservation.row)
             }
             (Operation::Void { .. }, Outcome::Voided(reservation)) => self.opened_by(row, reservation.row),
             (Operation::Attribute { receipt, shares, unattributed }, Outcome::Settled { asset, amount, parts }) => {
