@@ -1,35 +1,56 @@
 //! The contracts as Rust sees them: made from `contracts/abi`, which `contracts/build.sh` writes and checks.
 
-#![allow(missing_docs, reason = "generated from the ABI; contracts/src has the words")]
+#![allow(missing_docs, clippy::too_many_arguments, reason = "generated from the ABI; contracts/src has the words")]
 
 use alloy::primitives::{B256, keccak256};
 use alloy::sol;
 use serde::Deserialize;
 
 sol!(
+    #[derive(Debug)]
     RewardSettlement,
     "../contracts/abi/RewardSettlement.json"
 );
 sol!(
+    #[derive(Debug)]
     OpenToken,
     "../contracts/abi/OpenToken.json"
 );
 sol!(
+    #[derive(Debug)]
     DatanetRegistry,
     "../contracts/abi/DatanetRegistry.json"
 );
 sol!(
+    #[derive(Debug)]
     ModelRegistry,
     "../contracts/abi/ModelRegistry.json"
 );
 sol!(
+    #[derive(Debug)]
     OpenGovernor,
     "../contracts/abi/OpenGovernor.json"
 );
 sol!(
+    #[derive(Debug)]
     TimelockController,
     "../contracts/abi/TimelockController.json"
 );
+
+/// Names the error that one of these contracts reverted with, and its values.
+#[must_use]
+pub fn describe(data: &[u8]) -> Option<String> {
+    use alloy::sol_types::SolInterface as _;
+    let named = [
+        RewardSettlement::RewardSettlementErrors::abi_decode(data).map(|error| format!("{error:?}")),
+        DatanetRegistry::DatanetRegistryErrors::abi_decode(data).map(|error| format!("{error:?}")),
+        ModelRegistry::ModelRegistryErrors::abi_decode(data).map(|error| format!("{error:?}")),
+        OpenToken::OpenTokenErrors::abi_decode(data).map(|error| format!("{error:?}")),
+        OpenGovernor::OpenGovernorErrors::abi_decode(data).map(|error| format!("{error:?}")),
+        TimelockController::TimelockControllerErrors::abi_decode(data).map(|error| format!("{error:?}")),
+    ];
+    named.into_iter().find_map(Result::ok)
+}
 
 /// What a contract's deployed code must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -208,7 +208,7 @@ impl Steps<'_> {
         let key = format!("deploy {} {what}", self.label);
         let content = Content { to, data, value: U256::ZERO, gas_max: GAS_MAX, done: None };
         let id = self.sender.submit(&Intent { key, content }).await?;
-        let status = self.sender.wait(id, |status| matches!(status, Status::Mined { .. })).await?;
+        let status = self.sender.wait_until(id, |status| matches!(status, Status::Mined { .. })).await?;
         let failed = |reason| Err(SettlementError::NotDeployed { what: what.to_owned(), reason });
         match status {
             Status::Mined { nonce, succeeded: true, .. } | Status::Finalized { nonce, reverted: None, .. } => Ok(nonce),

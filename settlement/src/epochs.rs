@@ -17,7 +17,8 @@ use crate::bundle::{Bundle, Epoch, RECEIPTS_MAX, Receipt};
 use crate::chain::{At, Chain};
 use crate::contracts::{Code, OpenToken, RewardSettlement};
 use crate::error::SettlementError;
-use crate::outbox::{Content, Done, Intent};
+use crate::outbox::{Content, Done, Intent, IntentId, Status};
+use crate::sender::Sender;
 use crate::tree::{ACCOUNTS_MAX, Payout, Settles};
 
 /// Gas of a proposal, a finalization, a challenge: what docs/contracts.md measured, with room.
@@ -199,7 +200,7 @@ impl Contract {
         let terms = self.ask(&RewardSettlement::termsCall {}, at).await?;
         let open = self.ask(&RewardSettlement::proposalCall {}, at).await?;
         let balance = OpenToken::balanceOfCall { account: self.settles.settlement };
-        let status = u8::from(open.status);
+        let status = open.status;
         Ok(State {
             epoch: totals.epoch.into(),
             finalized: U256::from(totals.finalized),
@@ -373,6 +374,29 @@ impl Contract {
         let key = format!("claim {epoch} {}", first.account);
         let call = RewardSettlement::claimCall { entry: first.clone() };
         Ok(Some(self.intent(&key, &call, U256::ZERO, gas, Some(done))))
+    }
+
+    /// Hands an intent to the sender. One whose effect is gone by now, as when a root was rejected after it had been proposed, is
+    /// done again.
+    ///
+    /// # Errors
+    /// The sender's.
+    pub async fn submit(&self, sender: &Sender, intent: Intent) -> Result<IntentId, SettlementError> {
+        for number in 1.. {
+            let key = if number == 1 { intent.key.clone() } else { format!("{} again {number}", intent.key) };
+            let Some(id) = sender.find(&key).await? else {
+                return sender.submit(&Intent { key, ..intent }).await;
+            };
+            match sender.status(id).await? {
+                Status::Finalized { reverted: None, .. } | Status::DoneElsewhere => {}
+                Status::Finalized { .. } | Status::Refused { .. } => {
+                    sender.retry(id).await?;
+                    return Ok(id);
+                }
+                _ => return Ok(id),
+            }
+        }
+        unreachable!("there are fewer intents than numbers")
     }
 
     fn done<C: SolCall>(&self, view: &C, at_least: U256) -> Done {

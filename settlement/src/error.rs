@@ -261,6 +261,14 @@ pub enum SettlementError {
         /// The epoch.
         epoch: u64,
     },
+    /// A step of a deployment that failed.
+    #[error("{what} was not deployed: {reason}; `openlora chain deploy` goes on from there once that is mended")]
+    NotDeployed {
+        /// The step.
+        what: String,
+        /// Why.
+        reason: String,
+    },
     /// Another process sends for the account now.
     #[error("another process sends for {account} now")]
     LeaseLost {

@@ -98,6 +98,8 @@ pub enum Status {
     },
     /// In a block that may still be taken back.
     Mined {
+        /// Its nonce: with the account, where a contract is created.
+        nonce: u64,
         /// The transaction.
         hash: B256,
         /// The block's number.
@@ -337,7 +339,7 @@ impl Outbox {
             ("queued", _) => Ok(Status::Queued { waiting: note }),
             ("sent", Some("mined")) => {
                 let succeeded = column::<i64>(&row, "succeeded")? == 1;
-                mined().map(|(hash, block)| Status::Mined { hash, block, succeeded })
+                mined().map(|(hash, block)| Status::Mined { nonce, hash, block, succeeded })
             }
             ("sent", _) => {
                 let hashes = self.transactions(&mut db, nonce).await?.into_iter().map(|signed| signed.hash).collect();

@@ -219,6 +219,22 @@ impl Sender {
         id: IntentId,
         mut progress: impl FnMut(&Status),
     ) -> Result<Status, SettlementError> {
+        self.wait_until(id, |status| {
+            progress(status);
+            false
+        })
+        .await
+    }
+
+    /// As [`Sender::wait_finalized`], or until `enough` says so of a change.
+    ///
+    /// # Errors
+    /// As [`Sender::wait_finalized`].
+    pub async fn wait_until(
+        &self,
+        id: IntentId,
+        mut enough: impl FnMut(&Status) -> bool,
+    ) -> Result<Status, SettlementError> {
         let mut last = None;
         loop {
             match self.turn().await {
@@ -226,10 +242,8 @@ impl Sender {
                 done => drop(done?),
             }
             let status = self.status(id).await?;
-            if last.as_ref() != Some(&status) {
-                progress(&status);
-            }
-            if status.is_terminal() {
+            let changed = last.as_ref() != Some(&status);
+            if (changed && enough(&status)) || status.is_terminal() {
                 return Ok(status);
             }
             last = Some(status);

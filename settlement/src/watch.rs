@@ -32,12 +32,7 @@ pub enum Verdict {
 ///
 /// # Errors
 /// The ledger's; an epoch of it that has no tree.
-pub async fn judge(
-    open: &Open,
-    ledger: &Ledger,
-    settles: &Settles,
-    asset: &Asset,
-) -> Result<Verdict, SettlementError> {
+pub async fn judge(open: &Open, ledger: &Ledger, settles: &Settles, asset: &Asset) -> Result<Verdict, SettlementError> {
     let last = ledger.last_epoch().await?;
     if open.epoch > last {
         return Ok(Verdict::Unknown { last });

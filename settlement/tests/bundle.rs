@@ -159,10 +159,7 @@ fn an_epoch_goes_on_where_the_one_before_ended() {
         refused(&|epoch| epoch.payouts[1].cumulative = 199),
         format!("{starts}{two} had earned 200 and now has 199")
     );
-    assert_eq!(
-        refused(&|epoch| epoch.payouts.truncate(2)),
-        format!("{starts}{three} had earned 300 and now has 0")
-    );
+    assert_eq!(refused(&|epoch| epoch.payouts.truncate(2)), format!("{starts}{three} had earned 300 and now has 0"));
     let elsewhere = Bundle::new(&Settles { chain_id: 1, ..SETTLES }, epoch(2)).expect("a good epoch");
     assert!(elsewhere.follows(&first).expect_err("another chain").to_string().contains("another chain"));
 }

@@ -37,7 +37,7 @@ async fn an_intent_is_one_effect_and_final_no_sooner_than_its_block() {
     assert_eq!(sent, stage.anvil.pool());
     stage.anvil.mine(1);
     assert_eq!(turn(&sender, 1).await.mined, 1);
-    let Status::Mined { hash, block, succeeded: true } = sender.status(id).await.expect("known") else {
+    let Status::Mined { hash, block, succeeded: true, .. } = sender.status(id).await.expect("known") else {
         panic!("not mined")
     };
     assert_eq!(sent, [hash]);
