@@ -7,6 +7,7 @@
 mod adapters;
 mod answers;
 mod deaths;
+mod device;
 mod limits;
 mod preemption;
 mod probe;

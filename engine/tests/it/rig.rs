@@ -43,11 +43,12 @@ impl Default for Setup {
 }
 
 /// An engine, what it was made of, and adapters to lease.
-pub(crate) struct Rig {
+pub(crate) struct Rig<B: Backend = Probe> {
     pub(crate) engine: EngineHandle,
+    /// Of a backend that is a [`Probe`].
     pub(crate) controls: Arc<Controls>,
     pub(crate) store: AdapterStore,
-    pub(crate) model: Arc<Model<Probe>>,
+    pub(crate) model: Arc<Model<B>>,
     name: &'static str,
     folder: tempfile::TempDir,
 }
@@ -60,7 +61,14 @@ impl Setup {
     pub(crate) fn try_start(self) -> Result<Rig, EngineError> {
         let controls = Arc::new(Controls::default());
         let cpu = Cpu::new(2, Precision::F32, Isa::detect()).expect("threads start");
-        let backend = Arc::new(Probe { cpu, controls: Arc::clone(&controls) });
+        self.try_start_on(Arc::new(Probe { cpu, controls: Arc::clone(&controls) }), controls)
+    }
+
+    pub(crate) fn try_start_on<B: Backend>(
+        self,
+        backend: Arc<B>,
+        controls: Arc<Controls>,
+    ) -> Result<Rig<B>, EngineError> {
         let limits = Limits::default();
         let files = ModelFiles::open(&fixture("models").join(self.model), &limits).expect("the fixture opens");
         let options = LoadOptions {
@@ -89,7 +97,7 @@ impl Setup {
     }
 }
 
-impl Rig {
+impl<B: Backend> Rig<B> {
     /// A lease on an adapter of fixtures/adapters-tiny, registered under its folder's name.
     pub(crate) fn lease(&self, name: &str) -> Lease {
         let folder = fixture("adapters-tiny").join(self.name).join(name);
