@@ -98,6 +98,8 @@ fn errors_name_the_next_command() {
             .expect("runs"),
     );
     assert!(exposed.contains("openlora key create"), "{exposed}");
+    let no_gpu = failure(&openlora(&["serve", "--insecure-no-auth", "--device", "cuda:999"]).expect("runs"));
+    assert!(no_gpu.contains("engine.device is cuda:999") && no_gpu.contains("openlora doctor"), "{no_gpu}");
     let pickled = home.path().join("pickled");
     std::fs::create_dir(&pickled).expect("a folder");
     std::fs::write(pickled.join("adapter_config.json"), "{}").expect("written");
@@ -117,7 +119,7 @@ fn doctor_config_model_and_completions_ask_no_server() {
     assert!(String::from_utf8_lossy(&broken.stdout).contains("/nonexistent.toml"));
     let shown = text(&server.openlora(&["config", "show", "--origin"]));
     assert!(shown.contains("environment OPENLORA_MODEL_PATH"), "{shown}");
-    assert!(shown.contains("engine.max_num_seqs = 32  # default"), "{shown}");
+    assert!(shown.contains("engine.device = \"auto\"  # default"), "{shown}");
     text(&server.openlora(&["config", "check"]));
     let model = json(&server.openlora(&["model", "inspect", "--json"]));
     assert_eq!(model["shape"]["layers"], 30);
