@@ -181,7 +181,7 @@ pub(crate) fn home() -> Result<PathBuf> {
 /// Reads and checks the settings.
 ///
 /// `environment` is `std::env::vars()` in the program; `OPENLORA_HOME`, `OPENLORA_SERVER` and `OPENLORA_API_KEY*` belong
-/// to the client commands and are no settings.
+/// to the client commands, `OPENLORA_NVRTC` and `OPENLORA_CUBLASLT` to the CUDA backend, and are no settings.
 pub(crate) fn load(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
@@ -207,9 +207,10 @@ pub(crate) fn load(
     }
     for (name, text) in environment {
         let Some(rest) = name.strip_prefix("OPENLORA_") else { continue };
-        let client = ["HOME", "SERVER", "LOG"].contains(&rest)
+        // Of the client commands, and of where libraries are.
+        let other = ["HOME", "SERVER", "LOG", "NVRTC", "CUBLASLT"].contains(&rest)
             || ["API_KEY", "TEST_", "SIM_"].iter().any(|prefix| rest.starts_with(prefix));
-        if client {
+        if other {
             continue;
         }
         let Some(key) = values.keys().find(|key| key.replace('.', "_").eq_ignore_ascii_case(rest)).cloned() else {
@@ -325,7 +326,12 @@ mod tests {
     #[test]
     fn the_last_of_default_file_environment_and_flag_wins_and_is_remembered() {
         let file = "[engine]\nmax_num_seqs = 8\nmax_loras = 8\nblock_size = 8\n";
-        let environment = [("OPENLORA_ENGINE_MAX_LORAS", "16"), ("OPENLORA_ENGINE_BLOCK_SIZE", "32"), ("OTHER", "x")];
+        let environment = [
+            ("OPENLORA_ENGINE_MAX_LORAS", "16"),
+            ("OPENLORA_ENGINE_BLOCK_SIZE", "32"),
+            ("OPENLORA_NVRTC", "/lib/libnvrtc.so.13"),
+            ("OTHER", "x"),
+        ];
         let flags = [("engine.block_size", "--block-size", Value::Integer(64))];
         let loaded = try_load(Some(file), &environment, &flags).unwrap();
         let engine = loaded.config.engine;
