@@ -26,11 +26,10 @@ use openlora_model::{Activations, Model, ModelError};
 use openlora_scheduler::{
     AdapterNeed, NewSequence, Rate, ScheduledSequence, Scheduler, SequenceResult, StepPlan, SubmitError,
 };
-use openlora_types::{
-    FinishReason, Generation, InvalidField, SamplingParams, SequenceId, Time, Token, TokenLogprob, TokenOutput, Usage,
-};
+use openlora_types::{FinishReason, Generation, InvalidField, SamplingParams, SequenceId, Time, Token, Usage};
 use tokio::sync::{mpsc, watch};
 
+use self::readers::{Unsent, fail_reader};
 use crate::engine::Board;
 use crate::handle::Event;
 use crate::loader::{Loaded, Loader};
@@ -76,12 +75,8 @@ pub(crate) struct StepThread<B: Backend> {
     /// What steps have made and readers have not been sent yet: at most one step's.
     unsent: Vec<Unsent>,
     totals: Totals,
-}
-
-/// What a step has made for a reader.
-enum Unsent {
-    Token { key: RequestKey, id: SequenceId, index: u32, output: TokenOutput, end: Option<FinishReason> },
-    Scored { key: RequestKey, outputs: Vec<TokenOutput> },
+    /// Why the device cannot be used any more, where a load has found out.
+    lost: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -177,7 +172,7 @@ pub(crate) fn run<B: Backend>(mut state: StepThread<B>, died: &watch::Sender<Opt
     }));
     let reason = match outcome {
         Ok(Ok(())) => "it was shut down".to_owned(),
-        Ok(Err(error)) => error.to_string(),
+        Ok(Err(reason)) => reason,
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
@@ -220,11 +215,15 @@ impl<B: Backend> StepThread<B> {
             buffers: Buffers::default(),
             unsent: Vec::new(),
             totals: Totals::default(),
+            lost: None,
         }
     }
 
-    fn run(&mut self) -> Result<(), ModelError> {
+    fn run(&mut self) -> Result<(), String> {
         loop {
+            if let Some(reason) = self.lost.take() {
+                return Err(reason);
+            }
             // Where a step's tokens are not sent yet, the next step comes first: they are sent while the device is at it.
             if self.unsent.is_empty() {
                 if !self.receive() {
@@ -236,7 +235,7 @@ impl<B: Backend> StepThread<B> {
                 return Ok(());
             }
             let began = Instant::now();
-            let worked = self.step()?;
+            let worked = self.step().map_err(|error| error.to_string())?;
             self.totals.step_micros += began.elapsed().as_micros() as u64;
             if !worked || !self.overlaps {
                 self.send_results();
@@ -349,6 +348,7 @@ impl<B: Backend> StepThread<B> {
                 self.board.residents().insert(generation);
                 self.scheduler.adapter_loaded(generation);
             }
+            Err(EngineError::Dead(reason)) => self.lost = Some(reason),
             Err(error) => {
                 tracing::warn!(%generation, %error, "an adapter could not be loaded");
                 self.pinned.remove(&generation);
@@ -614,125 +614,6 @@ impl<B: Backend> StepThread<B> {
         Ok(())
     }
 
-    /// Notes what was drawn and scored, for the scheduler and for the readers.
-    fn conclude(&mut self, plan: &StepPlan, part: &[LogitRow], buffers: &mut Buffers) {
-        for (wanted, sampled) in part.iter().zip(&buffers.sampled) {
-            let id = plan.sequences[wanted.planned].id;
-            // Gone: it was ended while the device worked.
-            let Some(sequence) = self.sequences.get(&id) else { continue };
-            let (key, index) = (sequence.request, sequence.index);
-            let token = sampled.token;
-            let chosen = TokenLogprob { token, logprob: sampled.logprob };
-            let output = TokenOutput { chosen, top: sampled.top.clone() };
-            if wanted.score.is_some() {
-                match self.unsent.last_mut() {
-                    Some(Unsent::Scored { key: of, outputs }) if *of == key => outputs.push(output),
-                    _ => self.unsent.push(Unsent::Scored { key, outputs: vec![output] }),
-                }
-                continue;
-            }
-            let end = self.end_with(key, id, token);
-            self.totals.generation_tokens += 1;
-            let result = &mut buffers.results[wanted.planned];
-            (result.token, result.finished) = (Some(token), end.is_some());
-            self.unsent.push(Unsent::Token { key, id, index, output, end });
-        }
-    }
-
-    /// Whether a sample ends with the token that was drawn for it.
-    fn end_with(&self, key: RequestKey, id: SequenceId, token: Token) -> Option<FinishReason> {
-        let request = &self.requests[&key];
-        let tokens = self.scheduler.tokens(id).map_or(0, <[Token]>::len) + 1;
-        if request.stops.contains(&token) {
-            return Some(FinishReason::Stop);
-        }
-        (tokens - request.prompt_tokens >= request.params.max_tokens as usize).then_some(FinishReason::Length)
-    }
-
-    /// Tells the readers what steps have made.
-    fn send_results(&mut self) {
-        let mut unsent = std::mem::take(&mut self.unsent);
-        for unsent in unsent.drain(..) {
-            match unsent {
-                Unsent::Scored { key, outputs } => self.send(key, Event::PromptLogprobs(outputs)),
-                Unsent::Token { key, id, index, output, end } => {
-                    if let Some(request) = self.requests.get_mut(&key) {
-                        request.usage.completion_tokens += 1;
-                        self.send(key, Event::Token { index, output });
-                    }
-                    if let Some(reason) = end {
-                        self.finish(id, reason);
-                    }
-                }
-            }
-        }
-        self.unsent = unsent;
-    }
-
-    /// One sample is complete; with the last one the request is.
-    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        let Some(sequence) = self.sequences.remove(&id) else { return };
-        let Some(request) = self.requests.get_mut(&sequence.request) else { return };
-        request.open_samples -= 1;
-        let done = (request.open_samples == 0).then_some(Event::Done { usage: request.usage });
-        self.send(sequence.request, Event::Finished { index: sequence.index, reason });
-        if let Some(done) = done
-            && let Some(request) = self.requests.remove(&sequence.request)
-        {
-            let (events, control) = request.release();
-            if let Err(mpsc::error::TrySendError::Full(_)) = events.try_send(done) {
-                let _ = control.failure.set(EngineError::SlowReader { max: events.max_capacity() });
-            }
-        }
-    }
-
-    /// Sends an event; a reader that is gone or too far behind loses its request.
-    fn send(&mut self, key: RequestKey, event: Event) {
-        let Some(request) = self.requests.get(&key) else { return };
-        match request.events.try_send(event) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                let max = request.events.max_capacity();
-                let _ = request.control.failure.set(EngineError::SlowReader { max });
-                self.remove(key);
-            }
-            Err(mpsc::error::TrySendError::Closed(_)) => drop(self.remove(key)),
-        }
-    }
-
-    /// Ends a request with an error.
-    fn fail(&mut self, key: RequestKey, error: EngineError) {
-        if let Some((events, control)) = self.remove(key) {
-            fail_reader(&events, &control, error);
-        }
-    }
-
-    /// Forgets a request: its blocks, adapter and lease are free at once.
-    fn remove(&mut self, key: RequestKey) -> Option<(mpsc::Sender<Event>, Arc<Control>)> {
-        let request = self.requests.remove(&key)?;
-        for &id in &request.samples {
-            if self.sequences.remove(&id).is_some() {
-                self.scheduler.abort(id);
-            }
-        }
-        Some(request.release())
-    }
-
-    fn fail_everything(&mut self, error: &EngineError) {
-        for (_, request) in self.requests.drain() {
-            let (events, control) = request.release();
-            fail_reader(&events, &control, error.clone());
-        }
-        self.incoming.close();
-        while let Ok(command) = self.incoming.try_recv() {
-            if let Command::Submit(incoming) = command {
-                let Incoming { submit, events, control, .. } = *incoming;
-                drop(submit);
-                fail_reader(&events, &control, error.clone());
-            }
-        }
-    }
-
     fn publish(&self) {
         let stats = self.scheduler.stats();
         let mut board = self.board.stats.lock().unwrap_or_else(PoisonError::into_inner);
@@ -770,12 +651,6 @@ impl<B: Backend> StepThread<B> {
 /// When it is not there: nothing is ever served in an adapter's name that the adapter did not produce.
 fn adapter<'a, A>(resident: &'a HashMap<Generation, A>, planned: &ScheduledSequence) -> Option<&'a A> {
     planned.generation.map(|generation| &resident[&generation])
-}
-
-/// Tells a reader that its request has failed: in the channel, or where that is full, when it has read all that is there.
-fn fail_reader(events: &mpsc::Sender<Event>, control: &Control, error: EngineError) {
-    let _ = control.failure.set(error.clone());
-    let _ = events.try_send(Event::Failed(error));
 }
 
 fn refusal(error: SubmitError) -> EngineError {
@@ -834,3 +709,4 @@ fn recycle_draws<'to>(mut draws: Vec<SampleRow<'_>>) -> Vec<SampleRow<'to>> {
 
 #[cfg(test)]
 mod allocation_tests;
+mod readers;

@@ -117,6 +117,8 @@ fn doctor_config_model_and_completions_ask_no_server() {
     let broken = server.openlora(&["doctor", "--config", "/nonexistent.toml"]);
     assert_eq!(broken.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&broken.stdout).contains("/nonexistent.toml"));
+    let log = server.log();
+    assert!(log.contains("device chosen") && log.contains("engine.device is cpu"), "{log}");
     let shown = text(&server.openlora(&["config", "show", "--origin"]));
     assert!(shown.contains("environment OPENLORA_MODEL_PATH"), "{shown}");
     assert!(shown.contains("engine.device = \"auto\"  # default"), "{shown}");
@@ -150,6 +152,7 @@ fn an_owner_checks_an_adapter_without_a_server() {
     let check = |folder: &std::path::Path, more: &[&str]| {
         let mut command = Command::new(OPENLORA);
         command.env("OPENLORA_HOME", home.path()).env_remove("OPENLORA_MODEL_PATH");
+        command.env("OPENLORA_ENGINE_DEVICE", "cpu");
         command.args(["adapter", "check"]).arg(folder).arg("--model").arg(&model).args(more).output().expect("runs")
     };
     let good = fixtures().join(TINY_ADAPTER);

@@ -32,13 +32,15 @@ pub(crate) struct Setup {
     pub(crate) logit_rows: usize,
     /// Rows of one step that the model is loaded for; `None` for as many as the engine may use.
     pub(crate) rows: Option<usize>,
+    /// Whether the backend plays a device that works by itself.
+    pub(crate) asynchronous: bool,
     pub(crate) config: EngineConfig,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let config = EngineConfig { max_num_seqs: 16, max_num_batched_tokens: 256, ..EngineConfig::default() };
-        Self { model: "llama3", blocks: 64, block_size: 16, logit_rows: 32, rows: None, config }
+        Self { model: "llama3", blocks: 64, block_size: 16, logit_rows: 32, rows: None, asynchronous: false, config }
     }
 }
 
@@ -61,7 +63,8 @@ impl Setup {
     pub(crate) fn try_start(self) -> Result<Rig, EngineError> {
         let controls = Arc::new(Controls::default());
         let cpu = Cpu::new(2, Precision::F32, Isa::detect()).expect("threads start");
-        self.try_start_on(Arc::new(Probe { cpu, controls: Arc::clone(&controls) }), controls)
+        let asynchronous = self.asynchronous;
+        self.try_start_on(Arc::new(Probe { cpu, controls: Arc::clone(&controls), asynchronous }), controls)
     }
 
     pub(crate) fn try_start_on<B: Backend>(
