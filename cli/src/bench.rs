@@ -14,7 +14,7 @@ use openlora_types::Module;
 use serde_json::json;
 use toml::Value;
 
-use crate::{Global, load_config, serve};
+use crate::{Global, device, load_config, serve};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -52,7 +52,10 @@ pub(crate) struct BenchArgs {
 }
 
 pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
-    let mut flags = vec![("engine.prefix_cache", "bench", Value::Boolean(false))];
+    let mut flags = vec![
+        ("engine.prefix_cache", "bench", Value::Boolean(false)),
+        ("engine.device", "bench", Value::String("cpu".into())),
+    ];
     flags.extend(args.model.clone().map(|model| ("model.path", "--model", Value::String(model))));
     let config = load_config(global, &flags)?.config;
     eprintln!("measuring this machine's ceilings …");
@@ -63,7 +66,9 @@ pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
         ceilings.read_g_per_s, ceilings.int8_g_per_s, ceilings.f32_g_per_s
     );
     let files = serve::open_model(&config)?;
-    let engine = serve::start_engine(&config, &files, serve::engine_config(&config))?;
+    let chosen = device::choose(&config)?;
+    let engine_config = device::engine_config(&config, chosen.0);
+    let engine = device::load(&config, &files, chosen, &engine_config)?.start_engine(engine_config)?;
     let scratch = tempfile::tempdir().context("a folder for the random adapters")?;
     let count = args.adapters.iter().copied().max().unwrap_or(0);
     eprintln!("writing {count} random adapters …");

@@ -8,6 +8,7 @@ mod bench;
 mod check;
 mod client;
 mod config;
+mod device;
 mod doctor;
 mod generate;
 mod key;

@@ -15,6 +15,7 @@ mod forward;
 mod gguf;
 mod hf;
 mod probe;
+mod ready;
 mod roles;
 mod rope;
 pub mod text;

@@ -5,7 +5,8 @@
 //! graph the first time, for the next of [`BUCKETS`] rows, and replayed for every later step of so many rows or fewer, with whatever
 //! adapters, ranks and lengths, since none of those is in the launches.
 //!
-//! The first pass of all is not recorded, because it makes the room that the others need.
+//! The first pass of all is not recorded, because it makes the room that the others need. An engine that starts lets one as large as
+//! any run, then has all passes recorded that it can come to need ([`Backend::record`]): no request waits for a recording.
 //!
 //! Operations may also be called by themselves, as tests do: then each writes what it was given, if that is not what was written last.
 
@@ -236,6 +237,11 @@ impl<D: Device> State<D> {
         Ok(())
     }
 
+    /// The next attention of each window plans anew.
+    fn forget_plans(&mut self) {
+        self.attention.iter_mut().for_each(|(_, _, made)| *made = false);
+    }
+
     fn limits(&self) -> StepLimits {
         self.step.as_ref().expect("made by make_room").limits()
     }
@@ -247,7 +253,7 @@ impl<D: Device> State<D> {
     /// Writes a step, if it is not there already.
     fn write(&mut self, device: &Arc<D>, step: &StepRows<'_>, segments: &[Segment]) -> Result<(), KernelError> {
         self.make_room(device, step.tokens.len(), step.block_tables.len())?;
-        self.attention.iter_mut().for_each(|(_, _, made)| *made = false);
+        self.forget_plans();
         self.step.as_mut().expect("just made").write(step, segments)?;
         self.written.set(step);
         Ok(())
@@ -343,6 +349,14 @@ impl<D: Device> Backend for Cuda<D> {
         let properties = self.device.properties();
         let (major, minor) = properties.compute;
         format!("{} (compute {major}.{minor}), {}", properties.name, self.element.suffix())
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn memory_free(&self) -> Result<Option<usize>, KernelError> {
+        self.device.memory_free().map(Some)
     }
 
     fn load_linear(&self, spec: &LinearSpec<'_>) -> Result<PlannedLinear<D>, KernelError> {
@@ -446,8 +460,7 @@ impl<D: Device> Backend for Cuda<D> {
         let rows = scope.rows.tokens.len();
         pages.check(scope.rows.block_tables)?;
         let decodes = scope.all_wanted && scope.rows.sequences.len() == rows;
-        let bucket = BUCKETS.into_iter().find(|bucket| *bucket >= rows).filter(|_| decodes);
-        let bucket = bucket.map(|bucket| bucket.min(scope.rows_max));
+        let bucket = bucket(rows).filter(|_| decodes).map(|bucket| bucket.min(scope.rows_max));
         let adapters;
         {
             let mut state = self.state();
@@ -469,6 +482,24 @@ impl<D: Device> Backend for Cuda<D> {
             Some(key) => self.replay(key, pages, run),
             None => self.plan_adapters(adapters).and_then(|()| run(pages)),
         };
+        self.state().pass = Pass::None;
+        done
+    }
+
+    fn recorded_rows(&self, rows: usize) -> Vec<usize> {
+        let last = bucket(rows).unwrap_or(BUCKETS[BUCKETS.len() - 1]);
+        BUCKETS.into_iter().filter(|bucket| *bucket <= last).collect()
+    }
+
+    fn record(
+        &self,
+        scope: &ForwardScope<'_, Self>,
+        pages: &mut CudaPages<D>,
+        run: &mut dyn FnMut(&mut CudaPages<D>) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let (rows, adapters) = (scope.rows.tokens.len(), !scope.lora.segments.is_empty());
+        let key = GraphKey { tensors: scope.tensors, pages: pages.address().0, rows, adapters };
+        let done = self.record_pass(key, pages, run);
         self.state().pass = Pass::None;
         done
     }
@@ -649,6 +680,16 @@ impl<D: Device> Backend for Cuda<D> {
         rows: &[SampleRow<'_>],
         out: &mut Vec<SampledRow>,
     ) -> Result<(), KernelError> {
+        self.enqueue_sample(logits, rows, out)?;
+        self.collect_sample(out)
+    }
+
+    fn enqueue_sample(
+        &self,
+        logits: &mut CudaTensor<D>,
+        rows: &[SampleRow<'_>],
+        _out: &mut Vec<SampledRow>,
+    ) -> Result<(), KernelError> {
         assert_eq!(logits.rows(), rows.len(), "one entry for each row of logits");
         let top = |row: &SampleRow<'_>| match row {
             SampleRow::Draw { top, .. } | SampleRow::Score { top, .. } => *top,
@@ -658,9 +699,21 @@ impl<D: Device> Backend for Cuda<D> {
         let limits = SampleLimits { rows: rows.len().max(state.rows_max), vocab: logits.width(), top };
         let sampler = state.sampler(&self.device, limits)?;
         sampler.prepare(rows)?;
-        sampler.launch(Stream::Compute, logits, rows.len())?;
-        sampler.results(out)
+        sampler.launch(Stream::Compute, logits, rows.len())
     }
+
+    fn collect_sample(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
+        // Taken meanwhile: who loads adapters needs the lock, and waiting takes as long as a step.
+        let (sampler, limits) = self.state().sampler.take().expect("something was enqueued");
+        let done = sampler.results(out);
+        self.state().sampler = Some((sampler, limits));
+        done
+    }
+}
+
+/// Rows of the pass that is recorded for so many; none beyond the largest.
+fn bucket(rows: usize) -> Option<usize> {
+    BUCKETS.into_iter().find(|bucket| *bucket >= rows)
 }
 
 impl<D: Device> Cuda<D> {
@@ -674,6 +727,34 @@ impl<D: Device> Cuda<D> {
         state.lora_plan(&self.device, self.element)?.plan(view)
     }
 
+    /// Records a pass, unless that has been done.
+    fn record_pass(
+        &self,
+        key: GraphKey,
+        pages: &mut CudaPages<D>,
+        run: &mut dyn FnMut(&mut CudaPages<D>) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        {
+            let mut state = self.state();
+            if state.graphs.contains_key(&key) {
+                return Ok(());
+            }
+            let ready = state.partials.is_some() && (state.lora.is_some() || !key.adapters);
+            assert!(ready, "while a pass is recorded nothing can be allocated: one has to have run");
+            state.forget_plans();
+            state.pass = Pass::Recorded(key.rows);
+        }
+        let graph = self.device.capture(&mut || {
+            self.plan_adapters(key.adapters)?;
+            run(pages)
+        })?;
+        let mut state = self.state();
+        // What was recorded has not been done.
+        state.forget_plans();
+        state.graphs.insert(key, graph);
+        Ok(())
+    }
+
     /// Replays a pass, recording it before where that has not been done.
     fn replay(
         &self,
@@ -681,14 +762,7 @@ impl<D: Device> Cuda<D> {
         pages: &mut CudaPages<D>,
         run: &mut dyn FnMut(&mut CudaPages<D>) -> Result<(), KernelError>,
     ) -> Result<(), KernelError> {
-        if !self.state().graphs.contains_key(&key) {
-            self.state().pass = Pass::Recorded(key.rows);
-            let graph = self.device.capture(&mut || {
-                self.plan_adapters(key.adapters)?;
-                run(pages)
-            })?;
-            self.state().graphs.insert(key, graph);
-        }
+        self.record_pass(key, pages, run)?;
         let state = self.state();
         // SAFETY: it was recorded with the memory of this state and of the tensors and pages that the key names, all of which live:
         // what replaces memory forgets the graphs.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, ThreadId};
 
 use cudarc::driver::sys as cu;
@@ -16,7 +16,7 @@ use crate::KernelError;
 /// Events kept for the next use.
 const SPARE_EVENTS: usize = 256;
 /// The oldest driver that has every function that is used, as CUDA's version.
-const CUDA_MIN: (u32, u32) = (12, 4);
+pub(super) const CUDA_MIN: (u32, u32) = (12, 4);
 
 /// A kernel, ready to run.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,9 @@ pub(super) struct Shared {
     spare_events: Mutex<Vec<cu::CUevent>>,
     modules: Mutex<Vec<cu::CUmodule>>,
     pub(super) recording: Mutex<Recording>,
+    /// Held for reading by whoever enqueues on Compute, for writing by who records there: what another thread enqueued meanwhile would
+    /// become part of the recording.
+    turns: RwLock<()>,
 }
 
 // SAFETY: handles of the driver may be used from any thread that has made the context current, which every call does first;
@@ -115,17 +118,33 @@ impl Shared {
         self.failure(what, reason.clone())
     }
 
-    pub(super) fn is_recording(&self) -> bool {
-        locked(&self.recording).thread.is_some()
+    /// Whether this thread records on Compute.
+    pub(super) fn records(&self) -> bool {
+        locked(&self.recording).thread == Some(thread::current().id())
     }
 
-    /// What cannot be recorded is refused while Compute records: anything on Compute, and anything of the thread that records.
-    pub(super) fn refuse_recording(&self, what: &str, stream: Option<Stream>) -> Result<(), KernelError> {
-        let Some(thread) = locked(&self.recording).thread else { return Ok(()) };
-        if stream != Some(Stream::Copy) || thread == thread::current().id() {
+    /// This thread's turn on a stream, for as long as what is returned lives: where another thread records on Compute, it is waited for.
+    pub(super) fn turn(&self, stream: Stream) -> Option<RwLockReadGuard<'_, ()>> {
+        // The thread that records has the turn.
+        let free = stream == Stream::Copy || self.records();
+        (!free).then(|| self.turns.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The turn on Compute of a thread that is about to record, alone.
+    pub(super) fn turn_alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.turns.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Shared::turn`], for what cannot be recorded: refused to the thread that records.
+    pub(super) fn unrecorded_turn(
+        &self,
+        what: &str,
+        stream: Stream,
+    ) -> Result<Option<RwLockReadGuard<'_, ()>>, KernelError> {
+        if self.records() {
             return Err(self.failure(what, "not while steps are recorded".to_owned()));
         }
-        Ok(())
+        Ok(self.turn(stream))
     }
 
     pub(super) fn stream(&self, stream: Stream) -> cu::CUstream {
@@ -318,6 +337,7 @@ impl Shared {
             spare_events: Mutex::default(),
             modules: Mutex::default(),
             recording: Mutex::default(),
+            turns: RwLock::default(),
         };
         shared.enter("making a context")?;
         for number in 0..2 {

@@ -199,7 +199,9 @@ pub trait Device: Send + Sync + Debug + 'static {
     /// The addresses are of allocations with room for the matrices, which live until the product is there.
     unsafe fn gemm(&self, stream: Stream, gemm: &Gemm) -> Result<(), KernelError>;
 
-    /// Records what is enqueued on [`Stream::Compute`] by `record` instead of running it. Writes and reads are refused meanwhile.
+    /// Records what is enqueued on [`Stream::Compute`] by `record` instead of running it. Writes, reads and events are refused to this
+    /// thread meanwhile. What other threads do there is no part of the recording: it may have to wait for its end, so `record` must not
+    /// wait for them.
     ///
     /// # Errors
     /// What `record` returns, or a device failure.

@@ -80,3 +80,40 @@ fn a_replayed_pass_has_the_bits_of_an_eager_one_whatever_adapters_are_in_it() {
         }
     }
 }
+
+/// Decode steps of several sizes with steps of other kinds between them: the logits' bits, all of finite numbers.
+fn mixed_steps(host: &mut Host<Cuda<Emulated>>) -> Vec<u32> {
+    let [all_linear, embed_head] =
+        ["all-linear", "embed-head"].map(|name| host.adapter(&format!("adapters-tiny/llama3/{name}")));
+    let adapters = [Some(&all_linear), None, None, Some(&embed_head)];
+    let prompts: [&[u32]; 4] = [&[1, 2, 3, 4, 5], &[9], &[7; 20], &[30, 29, 28]];
+    let tables: Vec<Vec<u32>> = (0..4).map(|i| blocks_for(32, i * 2)).collect();
+    let prompt = |i: usize| Rows { tokens: prompts[i], start: 0, blocks: &tables[i], adapter: adapters[i] };
+    let next = |i: usize, step: usize| {
+        let start = prompts[i].len() + step;
+        Rows { tokens: &[11], start, blocks: &tables[i], adapter: adapters[i] }
+    };
+    host.forget();
+    let mut logits = host.step(&[prompt(0), prompt(1), prompt(2), prompt(3)]);
+    logits.extend(host.step(&[next(0, 0), next(1, 0), next(2, 0), next(3, 0)]));
+    // Fewer rows are wanted than the replayed pass after it has.
+    logits.push(host.step_wanted(&[prompt(2)], &[19]));
+    logits.extend(host.step(&[next(0, 1), next(1, 1), next(2, 0)]));
+    logits.extend(host.step(&[next(1, 2)]));
+    logits.extend(host.step(&[next(1, 3), next(2, 1)]));
+    let logits = logits.concat();
+    assert!(logits.iter().all(|logit| logit.is_finite()));
+    logits.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn passes_recorded_before_they_are_needed_give_the_same_bits_and_no_other_is_recorded() {
+    for element in [Element::F32, Element::Bf16] {
+        let [mut lazy, mut ready] = [(); 2].map(|()| open(&fixture("models/llama3"), element));
+        // Of one, two and four rows, without adapters and with.
+        assert_eq!(ready.get_ready(3), 6);
+        assert_eq!(ready.model.backend().recorded(), 6, "{element:?}");
+        assert_eq!(mixed_steps(&mut ready), mixed_steps(&mut lazy), "{element:?}");
+        assert_eq!(ready.model.backend().recorded(), 6, "{element:?}");
+    }
+}

@@ -151,6 +151,12 @@ impl<B: Backend> Host<B> {
         Self { model, files, act, kv, poison }
     }
 
+    /// As an engine does before the first request, for steps of up to `rows` sequences; passes recorded.
+    pub(crate) fn get_ready(&mut self, rows: usize) -> usize {
+        self.model.warm_up(&mut self.act, 0).expect("memory");
+        self.model.record(&mut self.act, rows, &mut self.kv).expect("a sound device")
+    }
+
     /// The PEFT adapter in a fixture folder, loaded.
     pub(crate) fn adapter(&self, folder: &str) -> B::Adapter {
         let weights = read_adapter(&fixture(folder), &self.files);
