@@ -426,6 +426,29 @@ impl Device for Driver {
         self.shared.mark(stream)
     }
 
+    fn record_timed(&self, stream: Stream) -> Result<Self::Event, KernelError> {
+        let what = "marking a point in time";
+        self.shared.enter(what)?;
+        self.shared.refuse_recording(what, Some(stream))?;
+        self.shared.mark_time(stream)
+    }
+
+    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, KernelError> {
+        let (shared, what) = (&self.shared, "asking the time between two points");
+        shared.enter(what)?;
+        shared.refuse_recording(what, None)?;
+        if !(from.timed && to.timed) {
+            return Err(shared.failure(what, "their time was not kept".to_owned()));
+        }
+        let mut milliseconds = 0.0;
+        // SAFETY: both are alive; there is a place for a number.
+        shared.check(what, unsafe { (shared.cuda.cuEventSynchronize)(to.handle) })?;
+        // SAFETY: as above.
+        let status = unsafe { (shared.cuda.cuEventElapsedTime)(&mut milliseconds, from.handle, to.handle) };
+        shared.check(what, status)?;
+        Ok(milliseconds)
+    }
+
     fn wait(&self, stream: Stream, event: &Self::Event) -> Result<(), KernelError> {
         let (shared, what) = (&self.shared, "ordering two streams");
         shared.enter(what)?;
