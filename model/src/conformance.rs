@@ -82,6 +82,14 @@ impl<B: Backend> Host<B> {
     /// # Panics
     /// When the backend fails.
     pub fn new(backend: Arc<B>, files: Arc<ModelFiles>, poison: fn(&mut B::Pages)) -> Self {
+        Self::with_pages(backend, files, poison, KV_BLOCKS)
+    }
+
+    /// As [`Self::new`], with a pool of so many pages.
+    ///
+    /// # Panics
+    /// When the backend fails.
+    pub fn with_pages(backend: Arc<B>, files: Arc<ModelFiles>, poison: fn(&mut B::Pages), pages: usize) -> Self {
         let options = LoadOptions {
             max_rows: MAX_ROWS,
             max_logit_rows: MAX_LOGIT_ROWS,
@@ -93,7 +101,7 @@ impl<B: Backend> Host<B> {
             Model::load(backend, Arc::clone(&files), &options, &mut |done, total| last = (done, total)).expect("loads");
         assert_eq!(last.0, last.1, "progress ends at the total");
         let act = model.new_activations().expect("memory");
-        let kv = model.backend().new_pages(model.attention_spec(), model.layers(), KV_BLOCKS).expect("memory");
+        let kv = model.backend().new_pages(model.attention_spec(), model.layers(), pages).expect("memory");
         Self { model, files, tolerance: Tolerance::F32, act, kv, poison }
     }
 
@@ -114,6 +122,15 @@ impl<B: Backend> Host<B> {
         (self.poison)(&mut pool);
         let pages: Vec<u32> = (0..needed as u32).collect();
         let pages = backend.take_pages(&mut pool, &pages).expect("free pages");
+        self.model.load_adapter(weights, pages).unwrap_or_else(|error| panic!("{}: {error}", weights.generation))
+    }
+
+    /// An adapter, loaded into pages of the pool that steps have their blocks in.
+    ///
+    /// # Panics
+    /// When a page is not free, or the model or the backend refuses the adapter.
+    pub fn load_into(&mut self, weights: &AdapterWeights, pages: &[u32]) -> B::Adapter {
+        let pages = self.model.backend().take_pages(&mut self.kv, pages).expect("free pages");
         self.model.load_adapter(weights, pages).unwrap_or_else(|error| panic!("{}: {error}", weights.generation))
     }
 
