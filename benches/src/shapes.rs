@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use half::f16;
+use openlora_types::ModelShape;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 
@@ -158,6 +159,15 @@ impl Shape {
     pub fn named(name: &str) -> Result<Self> {
         let known = SHAPES.map(|shape| shape.name).join(", ");
         SHAPES.into_iter().find(|shape| shape.name == name).with_context(|| format!("shape {name}: known are {known}"))
+    }
+
+    /// As a model's.
+    #[must_use]
+    pub fn sizes(&self) -> ModelShape {
+        let Self { name, layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, context, tied_head, .. } =
+            *self;
+        let name = name.to_owned();
+        ModelShape { name, hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied_head, context }
     }
 
     fn tensors(&self) -> Vec<Tensor> {

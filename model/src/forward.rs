@@ -111,6 +111,7 @@ impl<B: Backend> Model<B> {
         let scope = ForwardScope { tensors, rows: step, lora, rows_max, all_wanted };
         self.backend
             .forward(&scope, pages, &mut |pages| self.run_layers(act, step, lora, (wanted, wanted_lora), pages))?;
+        self.backend.set_rows(&mut act.normed, wanted.len());
         Ok(())
     }
 

@@ -2,5 +2,8 @@
 //! beside what its memory and its tensor cores could do ([`bench`], `openlora bench --device cuda`). Both are written for any
 //! [`Device`](openlora_kernels::cuda::device::Device), so that tests run them on the emulated one.
 
+pub mod bench;
 pub mod check;
+pub mod model_steps;
+pub mod report;
 pub mod steps;

@@ -128,6 +128,17 @@ impl<B: Backend, E: Backend> World<'_, B, E> {
         format!("seed {}, step {}: {what}", self.limits.seed, self.outcome.steps)
     }
 
+    /// A sequence's part of a step.
+    fn describe(&self, sequence: usize, rows: usize) -> String {
+        let Sequence { computed, adapter, blocks, .. } = &self.sequences[sequence];
+        let rows = format!("{rows} rows from position {computed} in pages {blocks:?}");
+        let Some(number) = adapter else { return format!("{rows}, no adapter") };
+        let Resident { weights, pages, .. } = resident_of(&self.resident, *number);
+        let modules: Vec<_> =
+            weights.sites.iter().take_while(|site| site.site.layer == 0).map(|s| s.site.module).collect();
+        format!("{rows}, adapter {number} of rank {} on {modules:?} in {} pages", weights.rank_max(), pages.len())
+    }
+
     /// Adapters come and go; sequences start and break off.
     fn change(&mut self) {
         if self.resident.len() < 2 || (self.resident.len() < RESIDENT_MAX && self.chance(6)) {
@@ -220,7 +231,7 @@ impl<B: Backend, E: Backend> World<'_, B, E> {
     fn compute(&mut self, chosen: &[(usize, usize)]) -> Vec<Vec<f32>> {
         let row = |(i, rows): &(usize, usize)| {
             let Sequence { tokens, computed, blocks, adapter, .. } = &self.sequences[*i];
-            let adapter = adapter.map(|number| adapter_of(&self.resident, number));
+            let adapter = adapter.map(|number| &resident_of(&self.resident, number).adapter);
             Rows { tokens: &tokens[*computed..computed + rows], start: *computed, blocks, adapter }
         };
         let rows: Vec<_> = chosen.iter().map(row).collect();
@@ -244,13 +255,15 @@ impl<B: Backend, E: Backend> World<'_, B, E> {
         }
         self.outcome.steps += 1;
         let all = self.compute(&chosen);
-        let finite = all.iter().flatten().all(|logit| logit.is_finite());
-        assert!(finite, "{}", self.place("a logit is not finite"));
+        for ((i, rows), logits) in chosen.iter().zip(&all) {
+            let finite = logits.iter().all(|logit| logit.is_finite());
+            assert!(finite, "{}: a logit is not finite", self.place(&self.describe(*i, *rows)));
+        }
         let one = self.random.below(chosen.len());
         let alone = self.compute(&chosen[one..=one]).remove(0);
         let (i, rows) = chosen[one];
-        let what = format!("{rows} rows of a sequence under adapter {:?} alone", self.sequences[i].adapter);
-        assert!(bits(&alone) == bits(&all[one]), "{}: other bits", self.place(&what));
+        let what = self.describe(i, rows);
+        assert!(bits(&alone) == bits(&all[one]), "{}: other bits alone", self.place(&what));
         self.outcome.compared += 1;
         for ((i, rows), logits) in chosen.iter().zip(all) {
             let sequence = &mut self.sequences[*i];
@@ -271,9 +284,7 @@ impl<B: Backend, E: Backend> World<'_, B, E> {
     fn end(&mut self, sequence: Sequence) {
         self.ended += 1;
         let Sequence { tokens, blocks, adapter, logits, .. } = sequence;
-        let resident = adapter.map(|number| {
-            self.resident.iter().find(|resident| resident.number == number).expect("adapters in use stay")
-        });
+        let resident = adapter.map(|number| resident_of(&self.resident, number));
         let others = &self.free[self.free.len() - tokens.len().div_ceil(BLOCK)..];
         let whole = Rows { tokens: &tokens, start: 0, blocks: others, adapter: resident.map(|of| &of.adapter) };
         let found = self.host.step_wanted(&[whole], &[tokens.len() as u32 - 1]);
@@ -295,8 +306,8 @@ impl<B: Backend, E: Backend> World<'_, B, E> {
     }
 }
 
-fn adapter_of<A>(resident: &[Resident<A>], number: usize) -> &A {
-    &resident.iter().find(|resident| resident.number == number).expect("adapters in use stay").adapter
+fn resident_of<A>(resident: &[Resident<A>], number: usize) -> &Resident<A> {
+    resident.iter().find(|resident| resident.number == number).expect("adapters in use stay")
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
