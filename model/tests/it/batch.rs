@@ -14,7 +14,7 @@ struct Request {
 fn adapters(host: &Host) -> Vec<Adapter> {
     let roots = ["golden/adapters", "golden/trained", "adapters"];
     let paths = roots.iter().flat_map(|root| folders(root).into_iter().map(move |name| format!("{root}/{name}")));
-    paths.map(|path| load_adapter(&host, &path)).collect()
+    paths.map(|path| load_adapter(host, &path)).collect()
 }
 
 /// One request per adapter and two for the base, of odd lengths, so that no segment starts on a tile's border.
