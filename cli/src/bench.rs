@@ -14,14 +14,20 @@ use openlora_types::Module;
 use serde_json::json;
 use toml::Value;
 
-use crate::{Global, device, load_config, serve};
+use crate::{Global, device, gpu_bench, load_config, serve};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
   openlora bench
   openlora bench --sequences 1,8,32 --adapters 0,32 --json
-  openlora bench --out benches/runs/today")]
+  openlora bench --device cuda --out benches/runs/today")]
 pub(crate) struct BenchArgs {
+    /// The processor, or a GPU: its kernels and whole steps on random weights; of the other flags only --budget and --out are for it
+    #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
+    device: String,
+    /// Seconds after which nothing more is begun on a GPU
+    #[arg(long, default_value_t = 300)]
+    budget: u64,
     /// A GGUF file or a Hugging Face folder
     #[arg(long, value_name = "PATH")]
     model: Option<String>,
@@ -52,6 +58,9 @@ pub(crate) struct BenchArgs {
 }
 
 pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
+    if args.device != "cpu" {
+        return gpu_bench::run(global, &args.device, args.budget, args.out.as_deref());
+    }
     let mut flags = vec![
         ("engine.prefix_cache", "bench", Value::Boolean(false)),
         ("engine.device", "bench", Value::String("cpu".into())),

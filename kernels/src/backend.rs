@@ -116,6 +116,12 @@ pub trait Backend: Send + Sync + 'static {
     /// The rows of a tensor, copied to the host as f32: for tests and logits inspection, not for the step.
     fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32>;
 
+    /// Says how many rows a tensor has that [`Backend::forward`] wrote: where it repeated an earlier pass instead of calling `run`, the
+    /// operations that say so were not called.
+    fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize) {
+        let _ = (tensor, rows);
+    }
+
     /// Runs one forward pass: `run` calls the operations, on tensors that `scope` identifies. A backend may write down what it is
     /// given here once for all of them, and where every sequence has one row it may record what `run` enqueues and enqueue that
     /// again for other steps like it instead of calling `run`.

@@ -125,6 +125,7 @@ impl<B: Backend> Model<B> {
         let scope = ForwardScope { all_wanted: wanted.len() == rows, ..act.scope(step, lora) };
         self.backend
             .forward(&scope, pages, &mut |pages| self.run_layers(act, step, lora, (wanted, wanted_lora), pages))?;
+        self.backend.set_rows(&mut act.normed, wanted.len());
         Ok(())
     }
 

@@ -9,6 +9,7 @@
 
 mod adapter;
 mod config;
+pub mod conformance;
 mod error;
 mod files;
 mod forward;

@@ -289,7 +289,8 @@ impl<D: Device> State<D> {
         lora: &LoraRows<'_, CudaAdapter<D>>,
         rows: usize,
     ) -> Result<bool, KernelError> {
-        if lora.segments.is_empty() {
+        // As for the pass: rows that are all of the base model have no plan.
+        if lora.segments.iter().all(|segment| segment.adapter.is_none()) {
             return Ok(false);
         }
         if let Pass::Recorded(_) = self.pass {
@@ -449,6 +450,10 @@ impl<D: Device> Backend for Cuda<D> {
 
     fn read_tensor(&self, tensor: &CudaTensor<D>) -> Vec<f32> {
         tensor.values().expect("a device that fails here fails the next operation as well")
+    }
+
+    fn set_rows(&self, tensor: &mut CudaTensor<D>, rows: usize) {
+        tensor.set_rows(rows);
     }
 
     fn forward(

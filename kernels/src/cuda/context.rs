@@ -163,7 +163,20 @@ impl Shared {
                 handle
             }
         };
-        Ok(CudaEvent { handle, shared: Arc::clone(self) })
+        Ok(CudaEvent { handle, timed: false, shared: Arc::clone(self) })
+    }
+
+    /// Marks the present end of a stream and keeps the time when it is reached.
+    pub(super) fn mark_time(self: &Arc<Self>, stream: Stream) -> Result<CudaEvent, KernelError> {
+        let mut handle = std::ptr::null_mut();
+        let flags = cu::CUevent_flags::CU_EVENT_DEFAULT as u32;
+        // SAFETY: a place for an event; the context is current.
+        self.check("making an event", unsafe { (self.cuda.cuEventCreate)(&mut handle, flags) })?;
+        let event = CudaEvent { handle, timed: true, shared: Arc::clone(self) };
+        // SAFETY: both are alive.
+        let status = unsafe { (self.cuda.cuEventRecord)(event.handle, self.stream(stream)) };
+        self.check("marking a point in time", status)?;
+        Ok(event)
     }
 
     /// Marks the present end of a stream.
@@ -225,6 +238,8 @@ impl Drop for Shared {
 /// A point in a stream.
 pub struct CudaEvent {
     pub(super) handle: cu::CUevent,
+    /// Whether the time is kept when it is passed.
+    pub(super) timed: bool,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -241,7 +256,7 @@ impl Drop for CudaEvent {
     fn drop(&mut self) {
         // It may be recorded again at once: who waits for it waits for the point it marked when the wait was enqueued.
         let mut spare = locked(&self.shared.spare_events);
-        if spare.len() < SPARE_EVENTS {
+        if spare.len() < SPARE_EVENTS && !self.timed {
             spare.push(self.handle);
             return;
         }

@@ -222,6 +222,23 @@ pub trait Device: Send + Sync + Debug + 'static {
     /// A device failure.
     fn record(&self, stream: Stream) -> Result<Self::Event, KernelError>;
 
+    /// Marks a point in a stream whose time is kept, which costs more: for measuring.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn record_timed(&self, stream: Stream) -> Result<Self::Event, KernelError> {
+        self.record(stream)
+    }
+
+    /// Waits until the later of two points of [`Device::record_timed`] is passed; milliseconds between them, by the device's clock.
+    ///
+    /// # Errors
+    /// A device that keeps no time, points whose time was not kept, or a device failure.
+    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, KernelError> {
+        let what = format!("the time from {from:?} to {to:?}");
+        Err(KernelError::Device { device: self.properties().name.clone(), what, reason: "it keeps no time".into() })
+    }
+
     /// Lets `stream` wait until the point is passed.
     ///
     /// # Errors

@@ -426,6 +426,30 @@ impl Device for Driver {
         self.shared.mark(stream)
     }
 
+    fn record_timed(&self, stream: Stream) -> Result<Self::Event, KernelError> {
+        let what = "marking a point in time";
+        self.shared.enter(what)?;
+        let _turn = self.shared.unrecorded_turn(what, stream)?;
+        self.shared.mark_time(stream)
+    }
+
+    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, KernelError> {
+        let (shared, what) = (&self.shared, "asking the time between two points");
+        shared.enter(what)?;
+        // Nothing is enqueued: another thread may record meanwhile.
+        let _turn = shared.unrecorded_turn(what, Stream::Copy)?;
+        if !(from.timed && to.timed) {
+            return Err(shared.failure(what, "their time was not kept".to_owned()));
+        }
+        let mut milliseconds = 0.0;
+        // SAFETY: both are alive; there is a place for a number.
+        shared.check(what, unsafe { (shared.cuda.cuEventSynchronize)(to.handle) })?;
+        // SAFETY: as above.
+        let status = unsafe { (shared.cuda.cuEventElapsedTime)(&mut milliseconds, from.handle, to.handle) };
+        shared.check(what, status)?;
+        Ok(milliseconds)
+    }
+
     fn wait(&self, stream: Stream, event: &Self::Event) -> Result<(), KernelError> {
         let (shared, what) = (&self.shared, "ordering two streams");
         shared.enter(what)?;

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 
@@ -119,6 +119,7 @@ enum Work {
 pub struct Event {
     stream: Stream,
     enqueued: u64,
+    at: Instant,
 }
 
 /// What was recorded.
@@ -486,7 +487,13 @@ impl Device for Emulated {
         self.enter("record")?;
         self.refuse_in_capture("record")?;
         let state = self.state();
-        Ok(Event { stream, enqueued: state.late_done + state.late.len() as u64 })
+        Ok(Event { stream, enqueued: state.late_done + state.late.len() as u64, at: Instant::now() })
+    }
+
+    /// By the host's clock: what is on [`Stream::Compute`] is done when it is enqueued.
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<f32, KernelError> {
+        self.refuse_in_capture("elapsed")?;
+        Ok(to.at.duration_since(from.at).as_secs_f32() * 1e3)
     }
 
     fn wait(&self, stream: Stream, event: &Event) -> Result<(), KernelError> {

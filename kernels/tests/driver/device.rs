@@ -114,6 +114,23 @@ fn streams_wait_for_each_other(driver: &Arc<Driver>) {
     }
 }
 
+fn time_passes_between_two_points(driver: &Arc<Driver>) {
+    let memory = Memory::holding(driver, &[0_u32; 256]).unwrap();
+    let first = driver.record_timed(Stream::Compute).unwrap();
+    add(driver, Stream::Compute, memory.address(), 256, 1).unwrap();
+    let second = driver.record_timed(Stream::Compute).unwrap();
+    add(driver, Stream::Compute, memory.address(), 256, 1).unwrap();
+    add(driver, Stream::Compute, memory.address(), 256, 1).unwrap();
+    let third = driver.record_timed(Stream::Compute).unwrap();
+    let [whole, one, two] =
+        [(&first, &third), (&first, &second), (&second, &third)].map(|(from, to)| driver.elapsed(from, to).unwrap());
+    assert!(one > 0.0 && two > 0.0 && (whole - one - two).abs() <= 0.01, "{one} and {two} make {whole} milliseconds");
+    // What orders streams keeps no time.
+    let untimed = driver.record(Stream::Compute).unwrap();
+    let error = text(driver.elapsed(&first, &untimed).unwrap_err());
+    assert!(error.ends_with("their time was not kept"), "{error}");
+}
+
 fn recorded_steps_are_replayed(driver: &Arc<Driver>) {
     let memory = Memory::holding(driver, &[0_u32; 300]).unwrap();
     let (x, w) = (Memory::holding(driver, &[1.0_f32, 2.0]).unwrap(), Memory::holding(driver, &[3.0_f32, 4.0]).unwrap());
@@ -324,6 +341,7 @@ mod with_a_stand_in {
         bytes_come_back;
         kernels_run_in_order;
         streams_wait_for_each_other;
+        time_passes_between_two_points;
         recorded_steps_are_replayed;
         what_other_threads_do_is_no_part_of_a_recording;
         a_recording_that_fails_leaves_nothing;
@@ -353,6 +371,7 @@ mod on_a_gpu {
         bytes_come_back;
         kernels_run_in_order;
         streams_wait_for_each_other;
+        time_passes_between_two_points;
         recorded_steps_are_replayed;
         what_other_threads_do_is_no_part_of_a_recording;
         a_recording_that_fails_leaves_nothing;
