@@ -136,6 +136,15 @@ def measure(arguments, shape: str, rows: int, distinct: int, rank: int) -> list[
     return found
 
 
+def over_ours(path: str | None, row: dict, what: str) -> float | None:
+    """None where ours was not measured."""
+    if path is None:
+        return None
+    with open(path) as file:
+        ours = [found for found in json.load(file)["rows"] if (found["shape"], found["what"]) == (row["shape"], what)]
+    return row["milliseconds"] / ours[0]["milliseconds"] if ours else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
@@ -143,6 +152,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds after which nothing more is begun")
     parser.add_argument("--out", help="write JSON here, anew after each size")
+    parser.add_argument("--ours", help="results.json of `openlora bench`: how many times our time each of these takes")
     arguments = parser.parse_args()
     shape = "tiny" if arguments.tiny else "llama-3.1-8b"
     sizes = [(4, 4, 4), (4, 1, 4)] if arguments.tiny else [
@@ -164,8 +174,10 @@ def main() -> None:
             if cuda:
                 torch.cuda.empty_cache()
         for row in report["rows"]:
-            if row["what"].endswith(", " + what):
-                print(f"{row['what']}: {row['milliseconds']:.3f} ms", file=sys.stderr)
+            if row["what"].endswith(" " + what):
+                row["over_ours"] = over_ours(arguments.ours, row, "SGMV " + what)
+                ratio = "" if row["over_ours"] is None else f", {row['over_ours']:.1f} times ours"
+                print(f"{row['what']}: {row['milliseconds']:.3f} ms{ratio}", file=sys.stderr)
         if arguments.out:
             with open(arguments.out, "w") as file:
                 json.dump(report, file, indent=2)

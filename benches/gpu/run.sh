@@ -18,6 +18,10 @@ python=${PYTHON:-python3}
 binary_bytes_max=$((60 * 1000 * 1000))
 began=$SECONDS
 
+# Everything ends by then; what is measured last has the least to wait for.
+seconds_max=530
+left() { echo $((seconds_max - (SECONDS - began))); }
+least() { echo $(($1 < $2 ? $1 : $2)); }
 say() { printf '== %s (%d s)\n' "$1" "$((SECONDS - began))"; }
 die() { printf '%s\n' "$1" >&2; exit 2; }
 
@@ -30,6 +34,7 @@ if [ -z "$binary" ]; then
   strip -o "$binary" "${CARGO_TARGET_DIR:-target}/release/openlora"
   chmod 0755 "$binary"
 fi
+began=$SECONDS
 [ -x "$binary" ] || die "$binary is no program; set OPENLORA_BIN to one or leave it out"
 size=$(stat -c %s "$binary")
 [ "$size" -lt "$binary_bytes_max" ] || die "$binary has $size bytes, not under $binary_bytes_max: is it stripped?"
@@ -58,18 +63,22 @@ facts() {
 
 failed=0
 say "check"
-timeout $((check_seconds + 60)) "$binary" gpu-check --device "$device" --budget "$check_seconds" --out "$out" \
+timeout $((2 * check_seconds)) "$binary" gpu-check --device "$device" --budget "$check_seconds" --out "$out" \
   >"$out/check.txt" 2> >(tee "$out/check.log" >&2) || { failed=1; say "the check failed"; }
 facts "after the check" >>"$out/machine.txt"
 
 say "benchmark"
-timeout $((bench_seconds + 50)) "$binary" bench --device "$device" --budget "$bench_seconds" --out "$out" \
+# Of what is left, a part that has begun may need most of a minute, and so does the baseline.
+bench_seconds=$(least "$bench_seconds" $(($(left) - 100)))
+timeout $((bench_seconds + 45)) "$binary" bench --device "$device" --budget "$bench_seconds" --out "$out" \
   >"$out/bench.txt" 2> >(tee "$out/bench.log" >&2) || { failed=1; say "the benchmark failed"; }
 facts "after the benchmark" >>"$out/machine.txt"
 
 say "baseline"
 if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then
-  timeout 55 "$python" benches/gpu/pytorch.py --device "$device" --budget 35 --out "$out/pytorch.json" \
+  ours=()
+  [ -f "$out/results.json" ] && ours=(--ours "$out/results.json")
+  timeout 55 "$python" benches/gpu/pytorch.py --device "$device" --budget 35 --out "$out/pytorch.json" "${ours[@]}" \
     2> >(tee "$out/pytorch.log" >&2) || { failed=1; say "the baseline failed"; }
 else
   echo "not measured: $python has no torch with a GPU" | tee "$out/pytorch.log"

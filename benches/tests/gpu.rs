@@ -22,7 +22,7 @@ fn device() -> Arc<Emulated> {
 }
 
 #[test]
-fn a_sound_device_passes_every_check() {
+fn slow_a_sound_device_passes_every_check() {
     let options = Options {
         elements: vec![Element::Bf16],
         fixtures: Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures"),

@@ -113,7 +113,7 @@ fn tolerance(element: Element) -> Tolerance {
     match element {
         Element::F32 => Tolerance::F32,
         Element::Bf16 => Tolerance { logprob: 1.5, margin: 3.0 },
-        Element::F16 => Tolerance { logprob: 0.2, margin: 0.4 },
+        Element::F16 => Tolerance { logprob: 0.1, margin: 0.2 },
     }
 }
 
@@ -147,8 +147,8 @@ pub fn run<D: Device>(device: &Arc<D>, options: &Options, told: &mut dyn FnMut(&
         checks.run(format!("replay against run, {}", element.suffix()), || replay(device, element, &options.fixtures));
     }
     for (i, &element) in options.elements.iter().enumerate() {
-        // The numbers that serve get most of the steps.
-        let share = if i == 0 { 1.0 } else { 0.1 };
+        // The numbers that serve get most of the steps; what the steps are compared with takes as long for all.
+        let share = if i == 0 { (1.0, 1.0) } else { (0.1, 0.3) };
         checks.run(format!("random steps, {}", element.suffix()), || random_steps(device, element, share, options));
     }
     checks.findings
@@ -250,7 +250,12 @@ fn replay<D: Device>(device: &Arc<D>, element: Element, fixtures: &Path) -> Resu
     Ok(Passed::bits(compared))
 }
 
-fn random_steps<D: Device>(device: &Arc<D>, element: Element, share: f64, options: &Options) -> Result<Passed> {
+fn random_steps<D: Device>(
+    device: &Arc<D>,
+    element: Element,
+    (steps, time): (f64, f64),
+    options: &Options,
+) -> Result<Passed> {
     let scratch = tempfile::tempdir()?;
     let path = scratch.path().join("model.gguf");
     SMALL.write(&path)?;
@@ -259,8 +264,8 @@ fn random_steps<D: Device>(device: &Arc<D>, element: Element, share: f64, option
     let mut exact = Host::new(cpu, Arc::clone(&files), |pages| pages.fill(f32::NAN));
     let mut host = Host::with_pages(Arc::new(backend(device, element)), files, poison, steps::PAGES);
     let limits = steps::Limits {
-        steps: (options.steps as f64 * share).ceil() as usize,
-        until: Instant::now() + options.budget.mul_f64(share),
+        steps: (options.steps as f64 * steps).ceil() as usize,
+        until: Instant::now() + options.budget.mul_f64(time),
         distance: distance(element),
         seed: options.seed,
     };

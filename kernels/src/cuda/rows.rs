@@ -327,7 +327,7 @@ struct GatherParams {
     row_bytes: u32,
 }
 
-/// `out[i] = x[picked[i]]` for the first `rows_max` of what is picked. A row that `x` has no room for gives NaN.
+/// `out[i] = x[picked[i]]` for the first `rows_max` of what is picked. A row that `x` does not have gives NaN.
 ///
 /// # Errors
 /// A device failure.
@@ -351,8 +351,7 @@ pub fn gather_rows<D: Device>(
         indices: picked.items(),
         x: x.address(),
         out: out.address(),
-        // Not those it was said to hold last: a replayed pass writes rows and says nothing.
-        x_rows: x.rows_max() as u32,
+        x_rows: x.rows() as u32,
         row_bytes: row_bytes as u32,
     };
     let grid = [rows_max as u32, row_bytes.div_ceil(ROW_THREADS as usize * WIDE_BYTES) as u32];

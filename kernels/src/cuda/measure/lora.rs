@@ -2,6 +2,7 @@
 
 use openlora_types::{AdapterWeights, Module, Site};
 
+use super::super::backend::RANK_MAX;
 use super::super::device::Device;
 use super::super::lora::{CudaAdapter, LoraLimits, LoraLinear, LoraPlan};
 use super::super::pages::{CudaPages, page_bytes};
@@ -66,7 +67,8 @@ impl<D: Device> Measure<D> {
         };
         let linears: Vec<_> =
             (0..layers as u32).flat_map(|layer| FUSED.map(|modules| linear(layer, modules))).collect();
-        let limits = LoraLimits { rows, segments: rows, rank: weights.rank_max() };
+        // As the backend has it, whatever ranks there are.
+        let limits = LoraLimits { rows, segments: rows, rank: RANK_MAX };
         let plan = LoraPlan::new(device, self.element, &linears, limits)?;
 
         let page_bytes = page_bytes(&self.spec(), layers, self.element);
