@@ -89,8 +89,8 @@ enum Pass {
     None,
     /// One of the rows that have been written.
     Eager,
-    /// One that is being recorded, for at most so many rows.
-    Recorded(usize),
+    /// One that is being recorded, for at most so many rows, with adapters or without.
+    Recorded { rows: usize, adapters: bool },
 }
 
 /// What makes a recorded pass fit another.
@@ -211,7 +211,7 @@ impl<D: Device> State<D> {
     /// The rows of a launch over `rows` rows of a tensor.
     fn rows(&self, rows: usize) -> Rows {
         match (self.pass, &self.step) {
-            (Pass::Recorded(_), Some(step)) => Rows::of_step(&step.view(), rows),
+            (Pass::Recorded { .. }, Some(step)) => Rows::of_step(&step.view(), rows),
             _ => Rows { count: self.all.address(), max: rows },
         }
     }
@@ -289,12 +289,12 @@ impl<D: Device> State<D> {
         lora: &LoraRows<'_, CudaAdapter<D>>,
         rows: usize,
     ) -> Result<bool, KernelError> {
+        if let Pass::Recorded { adapters, .. } = self.pass {
+            return Ok(adapters);
+        }
         // As for the pass: rows that are all of the base model have no plan.
         if lora.segments.iter().all(|segment| segment.adapter.is_none()) {
             return Ok(false);
-        }
-        if let Pass::Recorded(_) = self.pass {
-            return Ok(true);
         }
         self.make_room(device, rows, 0)?;
         let segments = self.lora_plan(device, element)?.segments(lora)?;
@@ -518,7 +518,7 @@ impl<D: Device> Backend for Cuda<D> {
     ) -> Result<(), KernelError> {
         let mut state = self.state();
         let rows = match state.pass {
-            Pass::Recorded(rows) => rows,
+            Pass::Recorded { rows, .. } => rows,
             _ => tokens.len(),
         };
         if state.pass == Pass::None {
@@ -637,7 +637,7 @@ impl<D: Device> Backend for Cuda<D> {
         let StepLimits { rows: rows_max, table_entries } = state.limits();
         let room = AttentionBounds { rows: rows_max, rows_each: rows_max, table_entries };
         let rows_each = match state.pass {
-            Pass::Recorded(_) => 1,
+            Pass::Recorded { .. } => 1,
             _ => step.sequences.iter().map(|sequence| sequence.rows).max().unwrap_or(1),
         };
         let bounds = AttentionBounds { rows, rows_each, table_entries };
@@ -747,7 +747,7 @@ impl<D: Device> Cuda<D> {
             let ready = state.partials.is_some() && (state.lora.is_some() || !key.adapters);
             assert!(ready, "while a pass is recorded nothing can be allocated: one has to have run");
             state.forget_plans();
-            state.pass = Pass::Recorded(key.rows);
+            state.pass = Pass::Recorded { rows: key.rows, adapters: key.adapters };
         }
         let graph = self.device.capture(&mut || {
             self.plan_adapters(key.adapters)?;
