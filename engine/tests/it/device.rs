@@ -169,7 +169,8 @@ fn readers_that_leave_or_lag_while_the_device_works_free_what_they_held() {
     assert!(matches!(error, EngineError::SlowReader { max: 3 }), "{error}");
     assert_eq!(events, 3);
     rig.settle();
-    assert_eq!(rig.answer(ask(&prompt(9), 8)).tokens().len(), 8, "the engine goes on");
+    // As many events as a reader may leave lying.
+    assert_eq!(rig.answer(ask(&prompt(9), 1)).tokens().len(), 1, "the engine goes on");
 }
 
 /// The device fails at one of its calls while requests run, wait and have an adapter on its way.
