@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use openlora_adapters::Lease;
 use openlora_benches::adapters::register_random;
-use openlora_benches::shapes::SHAPES;
+use openlora_benches::shapes::Shape;
 use openlora_benches::timed::{Operation, Timed};
 use openlora_kernels::cpu::{Cpu, Isa};
 use openlora_kernels::{Backend, LoraRows, LoraSegment, Precision, SampleRow, SequenceRows, StepRows};
@@ -25,7 +25,7 @@ struct Arguments {
     /// A GGUF file or a Hugging Face folder
     #[arg(long)]
     model: Option<PathBuf>,
-    /// Random weights in this shape instead: smollm2-135m, qwen2.5-0.5b or llama-3.2-1b
+    /// Random weights in this shape instead: see benches/src/shapes.rs
     #[arg(long, conflicts_with = "model")]
     shape: Option<String>,
     /// Kernel threads
@@ -155,11 +155,8 @@ fn main() -> Result<()> {
 /// Where the weights are, written into `scratch` if they are random.
 fn model(arguments: &Arguments, scratch: &Path) -> Result<PathBuf> {
     if let Some(name) = &arguments.shape {
-        let known = SHAPES.map(|shape| shape.name).join(", ");
-        let shape = SHAPES.iter().find(|shape| shape.name == name);
-        let shape = shape.with_context(|| format!("--shape {name}: known are {known}"))?;
         let path = scratch.join("model.gguf");
-        shape.write(&path)?;
+        Shape::named(name)?.write(&path)?;
         return Ok(path);
     }
     if let Some(model) = &arguments.model {

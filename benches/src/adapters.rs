@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
-use half::f16;
-use openlora_adapters::{Actor, AdapterStore, Lease, StoreConfig};
-use openlora_types::{Alias, Limits, ModelShape, Module, Site};
+use anyhow::{Context, Result};
+use half::{bf16, f16};
+use openlora_adapters::{Actor, AdapterStore, BaseRows, Lease, StoreConfig};
+use openlora_model::ModelFiles;
+use openlora_types::{
+    AdapterWeights, Alias, Elements, Generation, Limits, Matrix, ModelShape, Module, Site, SiteWeights,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
@@ -52,6 +55,57 @@ pub fn write_random(folder: &Path, shape: &ModelShape, rank: usize, modules: &[M
     });
     std::fs::write(folder.join("adapter_config.json"), config.to_string())?;
     Ok(())
+}
+
+/// Base rows that a store compares an adapter's copies with.
+struct Base(Arc<ModelFiles>);
+
+impl BaseRows for Base {
+    fn read_row(&self, module: Module, row: usize, out: &mut [f32]) {
+        self.0.read_row(Site { layer: 0, module }, row, out);
+    }
+}
+
+/// The PEFT adapter in a folder, by a store of its own: the same way in as everyone's.
+///
+/// # Errors
+/// It cannot be read, or does not fit the model.
+pub fn read_folder(folder: &Path, files: &Arc<ModelFiles>) -> Result<Arc<AdapterWeights>> {
+    let limits = Limits::default();
+    let data = tempfile::tempdir()?;
+    let folder = folder.canonicalize().with_context(|| folder.display().to_string())?;
+    let config = StoreConfig {
+        data_dir: data.path().to_owned(),
+        allowed_roots: vec![folder.parent().context("a folder beside others")?.to_owned()],
+        host_cache_bytes: 1 << 30,
+        ..StoreConfig::default()
+    };
+    let store = AdapterStore::open(config, files.shape(), limits.clone())?.with_base(Arc::new(Base(Arc::clone(files))));
+    let actor = Actor { name: "bench".into(), admin: true };
+    store.register_folder(&Alias::parse("alias", "adapter", &limits)?, &folder, &actor, false)?;
+    Ok(store.resolve("adapter")?.load()?)
+}
+
+/// A random adapter of rank `rank` on some modules of every layer, with the spread of a trained one's effect; the same seed gives the
+/// same numbers, which bf16 holds.
+#[must_use]
+pub fn random_weights(shape: &ModelShape, rank: usize, modules: &[Module], seed: u64) -> AdapterWeights {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut matrix = |rows: usize, cols: usize, spread: f32| {
+        let numbers = (0..rows * cols).map(|_| bf16::from_f32(rng.random_range(-spread..spread)));
+        Matrix { rows, cols, elements: Elements::Bf16(numbers.collect()) }
+    };
+    let mut sites = Vec::new();
+    for layer in 0..shape.layers as u32 {
+        for &module in modules {
+            let (inputs, outputs) = shape.dims(module);
+            let (a, b) = (matrix(rank, inputs, (3.0 / inputs as f32).sqrt()), matrix(outputs, rank, 0.03));
+            sites.push(SiteWeights { site: Site { layer, module }, a, b, scale: 2.0, b_bias: None, magnitude: None });
+        }
+    }
+    let mut generation = [0; 32];
+    generation[..8].copy_from_slice(&seed.to_le_bytes());
+    AdapterWeights { generation: Generation(generation), sites }
 }
 
 /// Registers `count` random adapters ([`write_random`]) in a store under `scratch`: the same way in as everyone's.

@@ -7,6 +7,7 @@
 
 pub mod adapters;
 pub mod engine_bench;
+pub mod gpu;
 pub mod load;
 pub mod register;
 pub mod replay;

@@ -4,8 +4,9 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use half::f16;
+use openlora_types::ModelShape;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 
@@ -19,17 +20,32 @@ pub struct Shape {
     hidden: usize,
     heads: usize,
     kv_heads: usize,
+    head_dim: usize,
     intermediate: usize,
     vocab: usize,
     context: usize,
     qkv_bias: bool,
+    tied_head: bool,
 }
 
-/// Elements of a head, the same in all of them.
-const HEAD_DIM: usize = 64;
+/// Two layers of everything, for checks: heads that tensor cores take, grouped queries, a bias.
+pub const SMALL: Shape = Shape {
+    name: "small",
+    architecture: "qwen2",
+    layers: 2,
+    hidden: 256,
+    heads: 4,
+    kv_heads: 2,
+    head_dim: 64,
+    intermediate: 512,
+    vocab: 512,
+    context: 2_048,
+    qkv_bias: true,
+    tied_head: false,
+};
 
-/// The shapes, from the models' `config.json`. All of them have a tied head.
-pub const SHAPES: [Shape; 3] = [
+/// The shapes, from the models' `config.json`.
+pub const SHAPES: [Shape; 5] = [
     Shape {
         name: "smollm2-135m",
         architecture: "llama",
@@ -37,10 +53,12 @@ pub const SHAPES: [Shape; 3] = [
         hidden: 576,
         heads: 9,
         kv_heads: 3,
+        head_dim: 64,
         intermediate: 1_536,
         vocab: 49_152,
         context: 8_192,
         qkv_bias: false,
+        tied_head: true,
     },
     Shape {
         name: "qwen2.5-0.5b",
@@ -49,10 +67,12 @@ pub const SHAPES: [Shape; 3] = [
         hidden: 896,
         heads: 14,
         kv_heads: 2,
+        head_dim: 64,
         intermediate: 4_864,
         vocab: 151_936,
         context: 32_768,
         qkv_bias: true,
+        tied_head: true,
     },
     Shape {
         name: "llama-3.2-1b",
@@ -61,10 +81,40 @@ pub const SHAPES: [Shape; 3] = [
         hidden: 2_048,
         heads: 32,
         kv_heads: 8,
+        head_dim: 64,
         intermediate: 8_192,
         vocab: 128_256,
         context: 131_072,
         qkv_bias: false,
+        tied_head: true,
+    },
+    Shape {
+        name: "llama-3.1-8b",
+        architecture: "llama",
+        layers: 32,
+        hidden: 4_096,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        intermediate: 14_336,
+        vocab: 128_256,
+        context: 131_072,
+        qkv_bias: false,
+        tied_head: false,
+    },
+    Shape {
+        name: "qwen2.5-7b",
+        architecture: "qwen2",
+        layers: 28,
+        hidden: 3_584,
+        heads: 28,
+        kv_heads: 4,
+        head_dim: 128,
+        intermediate: 18_944,
+        vocab: 152_064,
+        context: 32_768,
+        qkv_bias: true,
+        tied_head: false,
     },
 ];
 
@@ -102,10 +152,28 @@ struct Tensor {
 }
 
 impl Shape {
+    /// The shape of that name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn named(name: &str) -> Result<Self> {
+        let known = SHAPES.map(|shape| shape.name).join(", ");
+        SHAPES.into_iter().find(|shape| shape.name == name).with_context(|| format!("shape {name}: known are {known}"))
+    }
+
+    /// As a model's.
+    #[must_use]
+    pub fn sizes(&self) -> ModelShape {
+        let Self { name, layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, context, tied_head, .. } =
+            *self;
+        let name = name.to_owned();
+        ModelShape { name, hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied_head, context }
+    }
+
     fn tensors(&self) -> Vec<Tensor> {
         let mut tensors = Vec::new();
         let mut add = |name: String, inputs, outputs, format| tensors.push(Tensor { name, inputs, outputs, format });
-        let (q, kv) = (self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM);
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         add("token_embd.weight".into(), self.hidden, self.vocab, Format::Q8_0);
         for layer in 0..self.layers {
             for (name, inputs, outputs) in [
@@ -129,6 +197,9 @@ impl Shape {
             }
         }
         add("output_norm.weight".into(), self.hidden, 1, Format::F32);
+        if !self.tied_head {
+            add("output.weight".into(), self.hidden, self.vocab, Format::Q8_0);
+        }
         tensors
     }
 

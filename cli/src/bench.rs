@@ -14,14 +14,20 @@ use openlora_types::Module;
 use serde_json::json;
 use toml::Value;
 
-use crate::{Global, load_config, serve};
+use crate::{Global, device, gpu_bench, load_config, serve};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
   openlora bench
   openlora bench --sequences 1,8,32 --adapters 0,32 --json
-  openlora bench --out benches/runs/today")]
+  openlora bench --device cuda --out benches/runs/today")]
 pub(crate) struct BenchArgs {
+    /// The processor, or a GPU: its kernels and whole steps on random weights; of the other flags only --budget and --out are for it
+    #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
+    device: String,
+    /// Seconds after which nothing more is begun on a GPU
+    #[arg(long, default_value_t = 300)]
+    budget: u64,
     /// A GGUF file or a Hugging Face folder
     #[arg(long, value_name = "PATH")]
     model: Option<String>,
@@ -52,7 +58,13 @@ pub(crate) struct BenchArgs {
 }
 
 pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
-    let mut flags = vec![("engine.prefix_cache", "bench", Value::Boolean(false))];
+    if args.device != "cpu" {
+        return gpu_bench::run(global, &args.device, args.budget, args.out.as_deref());
+    }
+    let mut flags = vec![
+        ("engine.prefix_cache", "bench", Value::Boolean(false)),
+        ("engine.device", "bench", Value::String("cpu".into())),
+    ];
     flags.extend(args.model.clone().map(|model| ("model.path", "--model", Value::String(model))));
     let config = load_config(global, &flags)?.config;
     eprintln!("measuring this machine's ceilings …");
@@ -63,7 +75,9 @@ pub(crate) fn run(global: &Global, args: &BenchArgs) -> Result<ExitCode> {
         ceilings.read_g_per_s, ceilings.int8_g_per_s, ceilings.f32_g_per_s
     );
     let files = serve::open_model(&config)?;
-    let engine = serve::start_engine(&config, &files, serve::engine_config(&config))?;
+    let chosen = device::choose(&config)?;
+    let engine_config = device::engine_config(&config, chosen.0);
+    let engine = device::load(&config, &files, chosen, &engine_config)?.start_engine(engine_config)?;
     let scratch = tempfile::tempdir().context("a folder for the random adapters")?;
     let count = args.adapters.iter().copied().max().unwrap_or(0);
     eprintln!("writing {count} random adapters …");

@@ -6,19 +6,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use openlora_adapters::{Actor, AdapterError, AdapterInfo, Probe, inspect_folder};
-use openlora_kernels::Precision;
 use openlora_kernels::cpu::{Cpu, Isa};
+use openlora_kernels::{Backend, Precision};
 use openlora_model::{Model, ModelFiles, PROBE_DIVERGENCE_MAX, ProbeDistance, ProbeReport};
 use openlora_types::{AdapterWeights, Alias, Classify, Fault, InvalidField};
 use serde_json::json;
 
 use crate::adapter::FolderArgs;
 use crate::config::Config;
+use crate::device::{self, LoadedModel};
 use crate::{Global, load_config, serve};
 
 /// Tries adapters on the model that serves, beside its f32 reference.
-pub(crate) struct CpuProbe {
-    probe: openlora_model::Probe<Cpu, Cpu>,
+pub(crate) struct ServingProbe<S: Backend> {
+    probe: openlora_model::Probe<S, Cpu>,
     /// Where the last report goes.
     report: Report,
 }
@@ -26,16 +27,16 @@ pub(crate) struct CpuProbe {
 /// The last report, for who asked for the probe.
 type Report = Arc<Mutex<Option<ProbeReport>>>;
 
-impl CpuProbe {
-    /// Loads the reference: the same file in f32 on the portable kernels, which share no arithmetic with the others.
-    pub(crate) fn new(serving: &Arc<Model<Cpu>>, threads: usize) -> Result<Self> {
+impl<S: Backend> ServingProbe<S> {
+    /// Loads the reference: the same file in f32 on the portable kernels of the CPU, which share no arithmetic with the others.
+    pub(crate) fn new(serving: &Arc<Model<S>>, threads: usize) -> Result<Self> {
         let reference = Arc::new(Cpu::new(threads, Precision::F32, Isa::Portable)?);
         let probe = openlora_model::Probe::new(Arc::clone(serving), reference).context("the probe's f32 reference")?;
         Ok(Self { probe, report: Report::default() })
     }
 }
 
-impl Probe for CpuProbe {
+impl<S: Backend> Probe for ServingProbe<S> {
     fn probe(&mut self, weights: &AdapterWeights) -> Result<(), AdapterError> {
         let refused = |why: String| AdapterError::from(InvalidField::new("adapter_model.safetensors", why));
         let report = self.probe.run(weights).map_err(|error| match error.fault() {
@@ -66,9 +67,12 @@ pub(crate) fn run(global: &Global, args: &FolderArgs) -> Result<ExitCode> {
     if !problems.is_empty() {
         return Ok(show(global, None, None, &problems));
     }
-    let model = serve::load_model(&config, &files, &serve::engine_config(&config))?;
-    let probe = CpuProbe::new(&model, config.engine.threads)?;
-    let report = Arc::clone(&probe.report);
+    let chosen = device::choose(&config)?;
+    let model = device::load(&config, &files, chosen, &device::engine_config(&config, chosen.0))?;
+    let (probe, report) = match &model {
+        LoadedModel::Cpu(model) => with_report(ServingProbe::new(model, config.engine.threads)?),
+        LoadedModel::Cuda(model) => with_report(ServingProbe::new(model, config.engine.threads)?),
+    };
     let outcome = register(&config, &files, &args.folder, probe);
     let report = report.lock().unwrap_or_else(PoisonError::into_inner).take();
     match outcome {
@@ -78,13 +82,18 @@ pub(crate) fn run(global: &Global, args: &FolderArgs) -> Result<ExitCode> {
     }
 }
 
+fn with_report<S: Backend>(probe: ServingProbe<S>) -> (Box<dyn Probe>, Report) {
+    let report = Arc::clone(&probe.report);
+    (Box::new(probe), report)
+}
+
 /// Registers the folder in a store that is gone afterwards, so that nothing is checked here that a server would not, nor
 /// the other way round.
 fn register(
     config: &Config,
     files: &Arc<ModelFiles>,
     folder: &Path,
-    probe: CpuProbe,
+    probe: Box<dyn Probe>,
 ) -> Result<AdapterInfo, AdapterError> {
     let failed = |source| AdapterError::Io { action: "make a folder for the check".into(), source: Arc::new(source) };
     let scratch = tempfile::tempdir().map_err(failed)?;
@@ -94,7 +103,7 @@ fn register(
     config.adapters.database_url.clear();
     config.adapters.store_url.clear();
     config.adapters.allowed_roots = vec![folder.clone()];
-    let store = serve::open_store(&config, files)?.with_probe(Box::new(probe));
+    let store = serve::open_store(&config, files)?.with_probe(probe);
     let alias = Alias::parse("alias", "check", &config.limits)?;
     let actor = Actor { name: "check".into(), admin: true };
     store.register_folder(&alias, &folder, &actor, false)

@@ -34,19 +34,62 @@ pub(crate) struct Model {
     pub(crate) precision: Precision,
 }
 
+/// `auto` is the device's own best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Precision {
+    Auto,
     Quantised,
     F32,
+    Bf16,
+    F16,
 }
 
 impl Precision {
     /// As in the settings.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Self::Auto => "auto",
             Self::Quantised => "quantised",
             Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+}
+
+/// Which device is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) enum DeviceSetting {
+    Auto,
+    Cpu,
+    /// A GPU by number, or the first that can be used.
+    Cuda(Option<u32>),
+}
+
+impl TryFrom<String> for DeviceSetting {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        match (text.as_str(), number) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(None)),
+            (_, Some(number)) => Ok(Self::Cuda(Some(number))),
+            _ => Err(format!("engine.device is {text:?}; it must be auto, cpu, cuda or cuda:N, such as cuda:0")),
+        }
+    }
+}
+
+impl fmt::Display for DeviceSetting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(None) => f.write_str("cuda"),
+            Self::Cuda(Some(number)) => write!(f, "cuda:{number}"),
         }
     }
 }
@@ -54,8 +97,11 @@ impl Precision {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Engine {
+    pub(crate) device: DeviceSetting,
     pub(crate) threads: usize,
+    /// Like the other sizes that may be 0: what fits the device then (`device.rs`).
     pub(crate) pool_bytes: usize,
+    pub(crate) device_memory_percent: usize,
     pub(crate) block_size: usize,
     pub(crate) max_num_seqs: usize,
     pub(crate) max_num_batched_tokens: usize,
@@ -135,7 +181,7 @@ pub(crate) fn home() -> Result<PathBuf> {
 /// Reads and checks the settings.
 ///
 /// `environment` is `std::env::vars()` in the program; `OPENLORA_HOME`, `OPENLORA_SERVER` and `OPENLORA_API_KEY*` belong
-/// to the client commands and are no settings.
+/// to the client commands, `OPENLORA_NVRTC` and `OPENLORA_CUBLASLT` to the CUDA backend, and are no settings.
 pub(crate) fn load(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
@@ -161,9 +207,10 @@ pub(crate) fn load(
     }
     for (name, text) in environment {
         let Some(rest) = name.strip_prefix("OPENLORA_") else { continue };
-        let client = ["HOME", "SERVER", "LOG"].contains(&rest)
+        // Of the client commands, and of where libraries are.
+        let other = ["HOME", "SERVER", "LOG", "NVRTC", "CUBLASLT"].contains(&rest)
             || ["API_KEY", "TEST_", "SIM_"].iter().any(|prefix| rest.starts_with(prefix));
-        if client {
+        if other {
             continue;
         }
         let Some(key) = values.keys().find(|key| key.replace('.', "_").eq_ignore_ascii_case(rest)).cloned() else {
@@ -226,19 +273,20 @@ fn check(values: &BTreeMap<String, (Value, Origin)>, home: &Path) -> Result<Conf
         config.engine.threads = std::thread::available_parallelism().map_or(1, usize::from);
     }
     let engine = &config.engine;
-    for (key, value, max) in [
-        ("engine.block_size", engine.block_size, 256),
-        ("engine.max_num_seqs", engine.max_num_seqs, 4_096),
-        ("engine.max_num_batched_tokens", engine.max_num_batched_tokens, 65_536),
-        ("engine.long_prefill_chunk", engine.long_prefill_chunk, 65_536),
-        ("engine.max_loras", engine.max_loras, 4_096),
-        ("engine.threads", engine.threads, 1_024),
+    for (key, value, min, max) in [
+        ("engine.block_size", engine.block_size, 1, 256),
+        ("engine.max_num_seqs", engine.max_num_seqs, 0, 4_096),
+        ("engine.max_num_batched_tokens", engine.max_num_batched_tokens, 0, 65_536),
+        ("engine.long_prefill_chunk", engine.long_prefill_chunk, 0, 65_536),
+        ("engine.max_loras", engine.max_loras, 0, 4_096),
+        ("engine.threads", engine.threads, 1, 1_024),
+        ("engine.device_memory_percent", engine.device_memory_percent, 1, 100),
     ] {
-        if value == 0 || value > max {
-            bail!("{}: `{key}` is {value}; it must be from 1 to {max}", values[key].1);
+        if value < min || value > max {
+            bail!("{}: `{key}` is {value}; it must be from {min} to {max}", values[key].1);
         }
     }
-    if engine.max_num_batched_tokens < engine.max_num_seqs {
+    if engine.max_num_batched_tokens > 0 && engine.max_num_batched_tokens < engine.max_num_seqs {
         bail!(
             "`engine.max_num_batched_tokens` is {}; it must be at least `engine.max_num_seqs`, {}",
             engine.max_num_batched_tokens,
@@ -270,14 +318,20 @@ mod tests {
     fn the_embedded_default_names_every_limit_with_its_default() {
         let loaded = try_load(None, &[], &[]).unwrap();
         assert_eq!(loaded.config.limits, Limits::default());
-        assert_eq!(crate::serve::engine_config(&loaded.config), openlora_engine::EngineConfig::default());
+        let on_cpu = crate::device::engine_config(&loaded.config, crate::device::Device::Cpu);
+        assert_eq!(on_cpu, openlora_engine::EngineConfig::default());
         assert_eq!(loaded.config.server.keys_file, Path::new("/home/somebody/keys.json"));
     }
 
     #[test]
     fn the_last_of_default_file_environment_and_flag_wins_and_is_remembered() {
         let file = "[engine]\nmax_num_seqs = 8\nmax_loras = 8\nblock_size = 8\n";
-        let environment = [("OPENLORA_ENGINE_MAX_LORAS", "16"), ("OPENLORA_ENGINE_BLOCK_SIZE", "32"), ("OTHER", "x")];
+        let environment = [
+            ("OPENLORA_ENGINE_MAX_LORAS", "16"),
+            ("OPENLORA_ENGINE_BLOCK_SIZE", "32"),
+            ("OPENLORA_NVRTC", "/lib/libnvrtc.so.13"),
+            ("OTHER", "x"),
+        ];
         let flags = [("engine.block_size", "--block-size", Value::Integer(64))];
         let loaded = try_load(Some(file), &environment, &flags).unwrap();
         let engine = loaded.config.engine;
@@ -289,6 +343,19 @@ mod tests {
     }
 
     #[test]
+    fn a_device_is_asked_for_by_name() {
+        use DeviceSetting::{Auto, Cpu, Cuda};
+        assert_eq!(try_load(None, &[], &[]).unwrap().config.engine.device, Auto);
+        for (text, device) in [("auto", Auto), ("cpu", Cpu), ("cuda", Cuda(None)), ("cuda:3", Cuda(Some(3)))] {
+            let flag = ("engine.device", "--device", Value::String(text.into()));
+            let loaded = try_load(None, &[], &[flag]).unwrap();
+            assert_eq!(loaded.config.engine.device, device);
+            assert_eq!(device.to_string(), text);
+            assert_eq!(loaded.values["engine.device"].1, Origin::Flag("--device".into()));
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let error =
             |file, environment: &[(&str, &str)]| format!("{:#}", try_load(file, environment, &[]).err().unwrap());
@@ -296,8 +363,15 @@ mod tests {
         assert!(error(Some("[engnie]\nmax_num_seqs = 1\n"), &[]).contains("engnie.max_num_seqs"));
         assert!(error(Some("[engine]\nmax_num_seqs = \"1\"\n"), &[]).contains("must be of type integer"));
         assert!(error(Some("[engine]\nmax_num_seqs = -1\n"), &[]).contains("must not be negative"));
-        assert!(error(Some("[engine]\nmax_num_seqs = 0\n"), &[]).contains("engine.max_num_seqs"));
-        assert!(error(Some("[engine]\nmax_num_batched_tokens = 8\n"), &[]).contains("engine.max_num_seqs"));
+        assert!(error(Some("[engine]\nmax_num_seqs = 5000\n"), &[]).contains("engine.max_num_seqs"));
+        assert!(error(Some("[engine]\nblock_size = 0\n"), &[]).contains("engine.block_size"));
+        assert!(error(Some("[engine]\ndevice_memory_percent = 0\n"), &[]).contains("engine.device_memory_percent"));
+        let few_rows = "[engine]\nmax_num_seqs = 9\nmax_num_batched_tokens = 8\n";
+        assert!(error(Some(few_rows), &[]).contains("engine.max_num_seqs"));
+        for device in ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA"] {
+            let error = error(None, &[("OPENLORA_ENGINE_DEVICE", device)]);
+            assert!(error.contains("engine.device") && error.contains("cuda:N"), "{error}");
+        }
         assert!(error(Some("[model]\nprecision = \"f64\"\n"), &[]).contains("precision"));
         assert!(error(Some("[server]\ntls_cert = \"x\"\n"), &[]).contains("tls_key"));
         assert!(error(None, &[("OPENLORA_ENGINE_THREADS", "two")]).contains("OPENLORA_ENGINE_THREADS"));

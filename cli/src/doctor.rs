@@ -17,6 +17,7 @@ use openlora_server::keys::KeyStore;
 use serde_json::json;
 
 use crate::config::{Config, Precision};
+use crate::device::{self, Device};
 use crate::{Global, load_config, serve};
 
 #[derive(Args)]
@@ -105,12 +106,10 @@ fn memory(config: &Config) -> Result<String> {
     let model = std::fs::metadata(&config.model.path).map_or(0, |meta| meta.len());
     // 4.5 bits and more become 32.
     let exact = model * 7;
-    let weights = match config.model.precision {
-        Precision::Quantised => model,
-        Precision::F32 => exact,
-    };
+    let weights = if config.model.precision == Precision::F32 { exact } else { model };
+    let pool = device::engine_config(config, Device::Cpu).pool_bytes as u64;
     let reference = if config.adapters.probe { exact } else { 0 };
-    let needed = weights + reference + config.engine.pool_bytes as u64 + config.adapters.host_cache_bytes;
+    let needed = weights + reference + pool + config.adapters.host_cache_bytes;
     let mib = |bytes: u64| bytes >> 20;
     if needed > available {
         anyhow::bail!(

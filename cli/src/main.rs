@@ -8,8 +8,12 @@ mod bench;
 mod check;
 mod client;
 mod config;
+mod device;
 mod doctor;
 mod generate;
+mod gpu;
+mod gpu_bench;
+mod gpu_check;
 mod key;
 mod model;
 mod serve;
@@ -62,6 +66,8 @@ enum Command {
     Key(key::KeyCommand),
     /// Measure prefill and decode beside this machine's ceilings
     Bench(bench::BenchArgs),
+    /// Check a GPU's answers: kernels, whole models, adapters that come and go
+    GpuCheck(gpu_check::GpuCheckArgs),
     /// Check the set-up; every line is ok or names the command that fixes it
     Doctor(doctor::DoctorArgs),
     /// Show or check the settings
@@ -102,6 +108,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Model(command) => model::run(global, &command),
         Command::Key(command) => key::run(global, &command),
         Command::Bench(args) => bench::run(global, &args),
+        Command::GpuCheck(args) => gpu_check::run(global, &args),
         Command::Doctor(args) => doctor::run(global, &args),
         Command::Config(command) => show::run(global, &command),
         Command::Completions { shell } => {

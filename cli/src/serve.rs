@@ -6,35 +6,36 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use openlora_adapters::{AdapterError, AdapterStore, BaseRows, StoreConfig};
-use openlora_engine::{Engine, EngineConfig, EngineHandle, Rate};
-use openlora_kernels::Precision;
-use openlora_kernels::cpu::{Cpu, Isa};
-use openlora_model::{LoadOptions, Model, ModelFiles};
+use openlora_model::ModelFiles;
 use openlora_server::{App, Auth, EngineLimits, ModelFacts, ServerConfig, Tls};
 use openlora_types::{Module, Site};
 use toml::Value;
 
-use crate::check::CpuProbe;
+use crate::check::ServingProbe;
 use crate::config::{Config, Flag};
+use crate::device::{self, Device, LoadedModel};
 use crate::{Global, load_config};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
   openlora serve
   openlora serve --model ./Qwen2.5-0.5B --precision f32
+  openlora serve --device cuda:0
   openlora serve --insecure-no-auth --grpc-addr 127.0.0.1:50051")]
 pub(crate) struct ServeArgs {
     /// A GGUF file or a Hugging Face folder
     #[arg(long, value_name = "PATH")]
     pub(crate) model: Option<String>,
-    /// `quantised` or `f32`
+    /// `auto`, `cpu`, `cuda` or `cuda:N`
+    #[arg(long)]
+    pub(crate) device: Option<String>,
+    /// `auto`, `quantised`, `bf16`, `f16` or `f32`
     #[arg(long)]
     pub(crate) precision: Option<String>,
-    /// Kernel threads; one per core when left out
+    /// Kernel threads of the CPU; one per core when left out
     #[arg(long)]
     pub(crate) threads: Option<u32>,
     /// Where gRPC listens
@@ -58,6 +59,7 @@ impl ServeArgs {
         [
             ("model.path", "--model", text(&self.model)),
             ("model.precision", "--precision", text(&self.precision)),
+            ("engine.device", "--device", text(&self.device)),
             ("engine.threads", "--threads", self.threads.map(|threads| Value::Integer(threads.into()))),
             ("server.grpc_addr", "--grpc-addr", addr(self.grpc_addr)),
             ("server.http_addr", "--http-addr", addr(self.http_addr)),
@@ -79,15 +81,22 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
     let config = load_config(global, &args.flags())?.config;
     let server_config = server_config(&config, args.insecure_no_auth);
     server_config.validate()?;
+    let (device, precision) = device::choose(&config)?;
+    if config.adapters.probe && device != Device::Cpu {
+        // A GPU's backend keeps one step in its memory, which belongs to the step thread.
+        bail!(
+            "adapters.probe runs beside requests on the CPU only; set it to false, and try adapters with `openlora adapter check`"
+        );
+    }
     let files = open_model(&config)?;
     let mut store = open_store(&config, &files)?;
-    let engine_config = engine_config(&config);
-    let model = load_model(&config, &files, &engine_config)?;
-    if config.adapters.probe {
+    let engine_config = device::engine_config(&config, device);
+    let model = device::load(&config, &files, (device, precision), &engine_config)?;
+    if let (true, LoadedModel::Cpu(model)) = (config.adapters.probe, &model) {
         // One thread: the others' time belongs to the requests.
-        store = store.with_probe(Box::new(CpuProbe::new(&model, 1)?));
+        store = store.with_probe(Box::new(ServingProbe::new(model, 1)?));
     }
-    let engine = Engine::start(model, engine_config)?;
+    let engine = model.start_engine(engine_config.clone())?;
     let shape = files.shape();
     let name = shape.name.clone();
     let app = App {
@@ -97,16 +106,16 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
         template: files.chat_template()?.map(Arc::new),
         engine_limits: EngineLimits {
             sequence_tokens_max: config.limits.sequence_tokens_max.min(shape.context),
-            max_num_seqs: config.engine.max_num_seqs,
-            max_num_batched_tokens: config.engine.max_num_batched_tokens,
-            max_loras: config.engine.max_loras,
+            max_num_seqs: engine_config.max_num_seqs,
+            max_num_batched_tokens: engine_config.max_num_batched_tokens,
+            max_loras: engine_config.max_loras,
         },
         model: ModelFacts {
             shape,
             architecture: files.config().architecture.to_string(),
             eos_tokens: files.config().eos_tokens.clone(),
         },
-        precision: config.model.precision.name().to_owned(),
+        precision: precision.name().to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -163,55 +172,6 @@ pub(crate) fn open_model(config: &Config) -> Result<Arc<ModelFiles>> {
     let files = ModelFiles::open(path, &config.limits)
         .with_context(|| format!("model {}; scripts/fetch-model.sh fetches the default one", path.display()))?;
     Ok(Arc::new(if config.model.name.is_empty() { files } else { files.named(&config.model.name) }))
-}
-
-pub(crate) fn engine_config(config: &Config) -> EngineConfig {
-    let (engine, limits) = (&config.engine, &config.limits);
-    EngineConfig {
-        pool_bytes: engine.pool_bytes,
-        max_num_seqs: engine.max_num_seqs,
-        max_num_batched_tokens: engine.max_num_batched_tokens,
-        long_prefill_chunk: engine.long_prefill_chunk,
-        max_loras: engine.max_loras,
-        adapter_bytes_per_step: engine.adapter_bytes_per_step,
-        max_loading: engine.max_loading,
-        tenant_rate: (engine.tenant_tokens_per_second > 0)
-            .then_some(Rate { tokens_per_second: engine.tenant_tokens_per_second, burst: engine.tenant_burst_tokens }),
-        prefix_cache: engine.prefix_cache,
-        starvation_micros: engine.starvation_ms * 1_000,
-        sequence_tokens_max: limits.sequence_tokens_max,
-        waiting_requests_max: limits.waiting_requests_max,
-        waiting_requests_per_tenant_max: limits.waiting_requests_per_tenant_max,
-        stream_events_max: limits.stream_events_max,
-    }
-}
-
-/// Loads the weights with a progress bar and starts the step thread.
-pub(crate) fn start_engine(config: &Config, files: &Arc<ModelFiles>, engine: EngineConfig) -> Result<EngineHandle> {
-    Ok(Engine::start(load_model(config, files, &engine)?, engine)?)
-}
-
-/// Loads the weights, with a progress bar, for the steps of `engine`.
-pub(crate) fn load_model(config: &Config, files: &Arc<ModelFiles>, engine: &EngineConfig) -> Result<Arc<Model<Cpu>>> {
-    let precision = match config.model.precision {
-        crate::config::Precision::Quantised => Precision::Quantised,
-        crate::config::Precision::F32 => Precision::F32,
-    };
-    let backend = Arc::new(Cpu::new(config.engine.threads, precision, Isa::detect())?);
-    let options = LoadOptions {
-        max_rows: engine.max_num_batched_tokens,
-        max_logit_rows: engine.max_num_seqs,
-        max_position: engine.sequence_tokens_max.min(files.shape().context),
-        block_size: config.engine.block_size,
-    };
-    let style = ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes}").expect("a fixed template");
-    let bar = ProgressBar::new(0).with_style(style);
-    let model = Model::load(backend, Arc::clone(files), &options, &mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    })?;
-    bar.finish_and_clear();
-    Ok(Arc::new(model))
 }
 
 fn server_config(config: &Config, insecure: bool) -> ServerConfig {

@@ -3,8 +3,11 @@ use openlora_scheduler::Rate;
 /// What the engine may use. Names are vLLM's where vLLM has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Bytes of the pool that KV blocks and adapters share; the number of pages follows from the model.
+    /// Bytes of the pool that KV blocks and adapters share; the number of pages follows from the model. 0: `device_memory_percent` of
+    /// what is free on a device with memory of its own, once the weights and what steps need are there.
     pub pool_bytes: usize,
+    /// See `pool_bytes`. The rest is for recorded passes and for what the driver takes.
+    pub device_memory_percent: usize,
     /// Sequences that run at once. Where there are several tenants, one place in 16 is for those that run less than their share.
     pub max_num_seqs: usize,
     /// Rows of one step: decoding sequences take one each, prefill chunks the rest. They bound how long a step takes, and so
@@ -14,7 +17,7 @@ pub struct EngineConfig {
     pub long_prefill_chunk: usize,
     /// Distinct adapters among the running sequences.
     pub max_loras: usize,
-    /// Bytes of the distinct adapters among the running sequences: what a step reads beside the base weights.
+    /// Bytes of the distinct adapters among the running sequences: what a step reads beside the base weights. 0: a quarter of the pool.
     pub adapter_bytes_per_step: usize,
     /// Adapters being loaded at once.
     pub max_loading: usize,
@@ -40,6 +43,7 @@ impl Default for EngineConfig {
         let limits = openlora_types::Limits::default();
         Self {
             pool_bytes: 1 << 30,
+            device_memory_percent: 90,
             max_num_seqs: 32,
             max_num_batched_tokens: 80,
             long_prefill_chunk: 256,

@@ -2,11 +2,11 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use openlora_adapters::Lease;
-use openlora_kernels::Backend;
-use openlora_model::{LoadOptions, Model};
+use openlora_kernels::{Backend, KernelError};
+use openlora_model::{Activations, LoadOptions, Model, ModelError};
 use openlora_scheduler::{Scheduler, SchedulerConfig};
 use openlora_types::{Generation, InvalidField, SamplingParams};
 use tokio::sync::{mpsc, watch};
@@ -14,55 +14,50 @@ use tokio::sync::{mpsc, watch};
 use crate::handle::{EngineHandle, OutputStream, Submit};
 use crate::loader::Loader;
 use crate::request::{Command, Control, Incoming, SAMPLES_MAX};
-use crate::step::{self, StepThread};
+use crate::step::{self, Device, StepThread};
 use crate::{EngineConfig, EngineError, EngineStats};
 
 /// Starts engines.
 pub struct Engine;
 
 impl Engine {
-    /// Allocates the KV cache and starts the step thread.
+    /// Gets the device ready, allocates the pool and starts the step thread.
     ///
     /// # Errors
-    /// A KV cache without a block, a limit that cannot work, memory, or a thread that cannot be started.
+    /// A pool without a page, a limit that cannot work, memory (the key to change is named), or a thread that cannot be started.
     pub fn start<B: Backend>(model: Arc<Model<B>>, config: EngineConfig) -> Result<EngineHandle, EngineError> {
         let backend = model.backend();
         let spec = *model.attention_spec();
         let page_bytes = backend.page_bytes(&spec, model.layers());
-        let pages = config.pool_bytes / page_bytes;
+        check_start(&config, model.options()).map_err(|error| EngineError::Start(error.to_string()))?;
+        let steps = "lower engine.max_num_batched_tokens or engine.max_num_seqs";
+        let mut activations = model.new_activations().map_err(no_room(steps))?;
+        if backend.is_asynchronous() {
+            let entries = table_entries(&config, &model, page_bytes)?;
+            model.warm_up(&mut activations, entries).map_err(no_room(steps))?;
+        }
+        let pool_bytes = pool_bytes(backend, &config)?;
+        let pages = pool_bytes / page_bytes;
         if pages == 0 {
-            let why = format!("engine.pool_bytes is {}; a page of this model takes {page_bytes}", config.pool_bytes);
+            let why = format!(
+                "the pool has {pool_bytes} bytes and a page of this model takes {page_bytes}; raise engine.pool_bytes, or \
+                 engine.device_memory_percent where that is 0"
+            );
             return Err(EngineError::Start(why));
         }
-        let scheduler_config = SchedulerConfig {
-            block_size: spec.block_size,
-            num_pages: pages,
-            max_num_seqs: config.max_num_seqs,
-            kept_places: config.max_num_seqs / 16,
-            max_num_batched_tokens: config.max_num_batched_tokens,
-            max_loras: config.max_loras,
-            adapter_pages_per_step: (config.adapter_bytes_per_step / page_bytes).clamp(1, pages),
-            max_loading: config.max_loading,
-            max_waiting: config.waiting_requests_max,
-            max_waiting_per_tenant: config.waiting_requests_per_tenant_max,
-            prefix_cache: config.prefix_cache,
-            long_prefill_chunk: config.long_prefill_chunk,
-            starvation_micros: config.starvation_micros,
-            ..SchedulerConfig::default()
-        };
-        scheduler_config
-            .validate()
-            .and_then(|()| check_start(&config, model.options()))
-            .map_err(|error| EngineError::Start(error.to_string()))?;
+        let scheduler_config = scheduler_config(&config, spec.block_size, (pages, pool_bytes, page_bytes));
+        scheduler_config.validate().map_err(|error| EngineError::Start(error.to_string()))?;
         let scheduler = Scheduler::new(scheduler_config);
-        let pool = backend.new_pages(&spec, model.layers(), pages)?;
+        let pool = backend.new_pages(&spec, model.layers(), pages).map_err(ModelError::from);
+        let mut pool =
+            pool.map_err(no_room("lower engine.pool_bytes, or engine.device_memory_percent where that is 0"))?;
+        record(&model, &mut activations, config.max_num_seqs, &mut pool)?;
         let stats = EngineStats { pages_total: pages, pages_free: pages, page_bytes, ..EngineStats::default() };
         let board = Arc::new(Board { stats: Mutex::new(stats), ..Board::default() });
         let (commands, incoming) = mpsc::channel(config.waiting_requests_max);
         let (died, death) = watch::channel(None);
-        let loader = Loader::start(&model, config.max_loading)?;
-        let state =
-            StepThread::new(&model, scheduler, (pool, loader), incoming, Arc::clone(&board), config.tenant_rate)?;
+        let device = Device { activations, pool, loader: Loader::start(&model, config.max_loading)? };
+        let state = StepThread::new(&model, scheduler, device, incoming, Arc::clone(&board), config.tenant_rate);
         let thread = std::thread::Builder::new()
             .name("openlora-step".into())
             .spawn(move || step::run(state, &died))
@@ -85,11 +80,89 @@ impl Engine {
     }
 }
 
+fn scheduler_config(
+    config: &EngineConfig,
+    block_size: usize,
+    (pages, pool_bytes, page_bytes): (usize, usize, usize),
+) -> SchedulerConfig {
+    let adapter_bytes = match config.adapter_bytes_per_step {
+        0 => pool_bytes / 4,
+        bytes => bytes,
+    };
+    SchedulerConfig {
+        block_size,
+        num_pages: pages,
+        max_num_seqs: config.max_num_seqs,
+        kept_places: config.max_num_seqs / 16,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_loras: config.max_loras,
+        adapter_pages_per_step: (adapter_bytes / page_bytes).clamp(1, pages),
+        max_loading: config.max_loading,
+        max_waiting: config.waiting_requests_max,
+        max_waiting_per_tenant: config.waiting_requests_per_tenant_max,
+        prefix_cache: config.prefix_cache,
+        long_prefill_chunk: config.long_prefill_chunk,
+        starvation_micros: config.starvation_micros,
+        ..SchedulerConfig::default()
+    }
+}
+
+/// An error of the start; where memory ran out, with what helps.
+fn no_room(help: &'static str) -> impl Fn(ModelError) -> EngineError {
+    move |error| match error {
+        ModelError::Kernel(KernelError::OutOfMemory { .. }) => EngineError::Start(format!("{error}; {help}")),
+        error => error.into(),
+    }
+}
+
+fn pool_bytes<B: Backend>(backend: &B, config: &EngineConfig) -> Result<usize, EngineError> {
+    match (config.pool_bytes, backend.memory_free()?) {
+        (0, None) => {
+            let why = format!("engine.pool_bytes is 0, and {} has no memory of its own to fill", backend.describe());
+            Err(EngineError::Start(why))
+        }
+        (0, Some(free)) => Ok(free / 100 * config.device_memory_percent),
+        (bytes, _) => Ok(bytes),
+    }
+}
+
+/// Entries of all block tables of the largest step that is likely: of as many sequences as may run, each as long as any, or of as many
+/// pages as there is memory for. A step of more, whose sequences share pages, makes the backend grow.
+fn table_entries<B: Backend>(config: &EngineConfig, model: &Model<B>, page_bytes: usize) -> Result<usize, EngineError> {
+    let longest = config.sequence_tokens_max.min(model.options().max_position);
+    let sequences = config.max_num_seqs.saturating_mul(longest.div_ceil(model.options().block_size));
+    Ok(sequences.min(pool_bytes(model.backend(), config)? / page_bytes))
+}
+
+/// Has the passes of decode steps recorded before anybody waits for one.
+fn record<B: Backend>(
+    model: &Model<B>,
+    activations: &mut Activations<B>,
+    rows: usize,
+    pool: &mut B::Pages,
+) -> Result<(), EngineError> {
+    if model.backend().recorded_rows(rows).is_empty() {
+        return Ok(());
+    }
+    tracing::info!("recording decode passes of up to {rows} sequences");
+    let began = Instant::now();
+    let passes = model.record(activations, rows, pool).map_err(no_room("lower engine.device_memory_percent"))?;
+    tracing::info!(passes, ms = began.elapsed().as_millis() as u64, "decode passes recorded");
+    Ok(())
+}
+
 /// What the scheduler does not check of its configuration.
 fn check_start(config: &EngineConfig, options: &LoadOptions) -> Result<(), InvalidField> {
     let (events, max) = (config.stream_events_max, u32::MAX as usize);
     if events == 0 || events > max {
         return Err(InvalidField::new("engine.stream_events_max", format!("is {events}; it must be from 1 to {max}")));
+    }
+    let percent = config.device_memory_percent;
+    if percent == 0 || percent > 100 {
+        return Err(InvalidField::new(
+            "engine.device_memory_percent",
+            format!("is {percent}; it must be from 1 to 100"),
+        ));
     }
     let (rows, max) = (config.max_num_batched_tokens, options.max_rows);
     if rows > max || options.max_logit_rows == 0 {

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use openlora_adapters::Lease;
-use openlora_kernels::Backend;
-use openlora_model::Model;
+use openlora_kernels::{Backend, KernelError};
+use openlora_model::{Model, ModelError};
 use openlora_types::Generation;
 
 use crate::EngineError;
@@ -91,5 +91,11 @@ fn work<B: Backend>(model: &Model<B>, todo: &Mutex<Receiver<Job<B>>>, done: &Sen
 
 fn load<B: Backend>(model: &Model<B>, lease: &Lease, pages: B::PageSet) -> Result<B::Adapter, EngineError> {
     let weights = lease.load()?;
-    model.load_adapter(&weights, pages).map_err(|error| EngineError::Adapter(error.to_string()))
+    model.load_adapter(&weights, pages).map_err(|error| match error {
+        // No fault of the adapter's: nobody is served by this device any more.
+        ModelError::Kernel(KernelError::Device { .. } | KernelError::ThreadPanicked(_)) => {
+            EngineError::Dead(error.to_string())
+        }
+        error => EngineError::Adapter(error.to_string()),
+    })
 }

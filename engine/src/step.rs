@@ -3,6 +3,16 @@
 //! One turn of [`StepThread::step`] asks the scheduler for a plan, runs the model over all its rows, draws or scores,
 //! tells the readers and tells the scheduler what came of it. In steady state a step allocates nothing (but for the
 //! alternatives of requests that ask for some): its buffers live in [`Buffers`] and keep their capacity.
+//!
+//! On a device that works by itself, readers are told while the next step runs there:
+//!
+//! ```text
+//! device                          step n                                    step n + 1
+//! step thread   plan n, enqueue n | attend: send n - 1, take in | collect n, plan n + 1, enqueue n + 1 | attend: send n, take in | …
+//! ```
+//!
+//! Between collecting a step's tokens and enqueuing the next the device waits, so nothing is done there that can be done elsewhere. On
+//! the CPU, whose step is over when it is enqueued, tokens go out at once.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,11 +26,10 @@ use openlora_model::{Activations, Model, ModelError};
 use openlora_scheduler::{
     AdapterNeed, NewSequence, Rate, ScheduledSequence, Scheduler, SequenceResult, StepPlan, SubmitError,
 };
-use openlora_types::{
-    FinishReason, Generation, InvalidField, SamplingParams, SequenceId, Time, Token, TokenLogprob, TokenOutput, Usage,
-};
+use openlora_types::{FinishReason, Generation, InvalidField, SamplingParams, SequenceId, Time, Token, Usage};
 use tokio::sync::{mpsc, watch};
 
+use self::readers::{Unsent, fail_reader};
 use crate::engine::Board;
 use crate::handle::Event;
 use crate::loader::{Loaded, Loader};
@@ -32,9 +41,18 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// What a page is taken to cost to load before any load was timed.
 const FIRST_PAGE_MICROS: u64 = 1_000;
 
+/// What of the device the step thread has to itself, but for `loader`'s loads under way.
+pub(crate) struct Device<B: Backend> {
+    pub(crate) activations: Activations<B>,
+    pub(crate) pool: B::Pages,
+    pub(crate) loader: Loader<B>,
+}
+
 /// What only the step thread touches.
 pub(crate) struct StepThread<B: Backend> {
     model: Arc<Model<B>>,
+    /// Whether the device works while this thread does something else.
+    overlaps: bool,
     scheduler: Scheduler,
     pool: B::Pages,
     /// The adapters on the device, as the scheduler has it.
@@ -54,7 +72,11 @@ pub(crate) struct StepThread<B: Backend> {
     next_key: u64,
     plan: StepPlan,
     buffers: Buffers,
+    /// What steps have made and readers have not been sent yet: at most one step's.
+    unsent: Vec<Unsent>,
     totals: Totals,
+    /// Why the device cannot be used any more, where a load has found out.
+    lost: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -142,10 +164,15 @@ struct LogitRow {
 /// Runs steps until told to stop. Whatever ends it, panics included, is told to everyone who waits: readers through
 /// their channels, the server through the death notice.
 pub(crate) fn run<B: Backend>(mut state: StepThread<B>, died: &watch::Sender<Option<String>>) {
-    let outcome = catch_unwind(AssertUnwindSafe(|| state.run()));
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let outcome = state.run();
+        // What was made before is the readers'.
+        state.send_results();
+        outcome
+    }));
     let reason = match outcome {
         Ok(Ok(())) => "it was shut down".to_owned(),
-        Ok(Err(error)) => error.to_string(),
+        Ok(Err(reason)) => reason,
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
@@ -162,14 +189,15 @@ impl<B: Backend> StepThread<B> {
     pub(crate) fn new(
         model: &Arc<Model<B>>,
         scheduler: Scheduler,
-        (pool, loader): (B::Pages, Loader<B>),
+        Device { activations, pool, loader }: Device<B>,
         incoming: mpsc::Receiver<Command>,
         board: Arc<Board>,
         tenant_rate: Option<Rate>,
-    ) -> Result<Self, EngineError> {
-        Ok(Self {
-            activations: model.new_activations()?,
+    ) -> Self {
+        Self {
+            activations,
             model: Arc::clone(model),
+            overlaps: model.backend().is_asynchronous(),
             scheduler,
             pool,
             resident: HashMap::new(),
@@ -185,23 +213,34 @@ impl<B: Backend> StepThread<B> {
             next_key: 0,
             plan: StepPlan::default(),
             buffers: Buffers::default(),
+            unsent: Vec::new(),
             totals: Totals::default(),
-        })
+            lost: None,
+        }
     }
 
-    fn run(&mut self) -> Result<(), ModelError> {
+    fn run(&mut self) -> Result<(), String> {
         loop {
-            if !self.receive() || self.board.stopping.load(Ordering::Acquire) {
+            if let Some(reason) = self.lost.take() {
+                return Err(reason);
+            }
+            // Where a step's tokens are not sent yet, the next step comes first: they are sent while the device is at it.
+            if self.unsent.is_empty() {
+                if !self.receive() {
+                    return Ok(());
+                }
+                self.attend();
+            }
+            if self.board.stopping.load(Ordering::Acquire) {
                 return Ok(());
             }
-            while let Some(loaded) = self.loader.poll() {
-                self.settle(loaded);
-            }
-            self.reap();
             let began = Instant::now();
-            let worked = self.step()?;
+            let worked = self.step().map_err(|error| error.to_string())?;
             self.totals.step_micros += began.elapsed().as_micros() as u64;
-            self.publish();
+            if !worked || !self.overlaps {
+                self.send_results();
+                self.publish();
+            }
             if !worked && !self.has_nothing_to_do() {
                 // Nothing could be scheduled though there is something to do: it waits for a load, for time to pass (a
                 // deadline, a tenant's rate) or for another request.
@@ -217,7 +256,7 @@ impl<B: Backend> StepThread<B> {
         self.loading == 0 && self.scheduler.is_idle()
     }
 
-    /// Takes what has come; waits where there is nothing else to do. False when all handles are gone.
+    /// Waits for a command where there is nothing else to do. False when all handles are gone.
     fn receive(&mut self) -> bool {
         if self.has_nothing_to_do() {
             match self.incoming.blocking_recv() {
@@ -225,10 +264,28 @@ impl<B: Backend> StepThread<B> {
                 None => return false,
             }
         }
+        true
+    }
+
+    /// Everything that depends on no step under way: tells readers what was made before, takes in commands, loads that have ended and
+    /// cancellations.
+    fn attend(&mut self) {
+        self.send_results();
         while let Ok(command) = self.incoming.try_recv() {
             self.obey(command);
         }
-        true
+        while let Some(loaded) = self.loader.poll() {
+            self.settle(loaded);
+        }
+        self.reap();
+    }
+
+    /// While the device works.
+    fn attend_meanwhile(&mut self) {
+        if self.overlaps {
+            self.attend();
+            self.publish();
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -291,6 +348,7 @@ impl<B: Backend> StepThread<B> {
                 self.board.residents().insert(generation);
                 self.scheduler.adapter_loaded(generation);
             }
+            Err(EngineError::Dead(reason)) => self.lost = Some(reason),
             Err(error) => {
                 tracing::warn!(%generation, %error, "an adapter could not be loaded");
                 self.pinned.remove(&generation);
@@ -399,6 +457,10 @@ impl<B: Backend> StepThread<B> {
         let now = self.now();
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.schedule_into(now, &mut plan);
+        if !plan.expired.is_empty() {
+            // What they have is theirs.
+            self.send_results();
+        }
         for id in plan.expired.drain(..) {
             if let Some(sequence) = self.sequences.get(&id) {
                 self.fail(sequence.request, EngineError::DeadlineExceeded);
@@ -450,15 +512,25 @@ impl<B: Backend> StepThread<B> {
             finished: false,
         }));
         let (logits, mut part) = (std::mem::take(&mut buffers.logits), std::mem::take(&mut buffers.part));
-        for rows in logits.chunks(self.model.options().max_logit_rows) {
-            // A request is gone if its reader fell behind when an earlier part was delivered.
+        for (number, rows) in logits.chunks(self.model.options().max_logit_rows).enumerate() {
+            // A request may be gone since an earlier part: its reader fell behind.
             let live = |wanted: &&LogitRow| self.sequences.contains_key(&plan.sequences[wanted.planned].id);
             part.clear();
             part.extend(rows.iter().filter(live));
             if !part.is_empty() {
                 self.sample(plan, &part, &mut buffers)?;
-                self.deliver(plan, &part, &mut buffers);
+                if number == 0 {
+                    self.attend_meanwhile();
+                }
+                self.model.backend().collect_sample(&mut buffers.sampled)?;
+                self.conclude(plan, &part, &mut buffers);
             }
+            if !self.overlaps {
+                self.send_results();
+            }
+        }
+        if logits.is_empty() {
+            self.attend_meanwhile();
         }
         (buffers.logits, buffers.part) = (logits, part);
         self.buffers = buffers;
@@ -505,7 +577,7 @@ impl<B: Backend> StepThread<B> {
         }
     }
 
-    /// Head and sampler over up to `logit_rows_max` rows.
+    /// Enqueues the head and the sampler over up to `logit_rows_max` rows.
     fn sample(&mut self, plan: &StepPlan, part: &[LogitRow], buffers: &mut Buffers) -> Result<(), ModelError> {
         buffers.logit_rows.clear();
         buffers.logit_rows.extend(part.iter().map(|wanted| wanted.row));
@@ -536,132 +608,10 @@ impl<B: Backend> StepThread<B> {
                 }
             });
         }
-        self.model.backend().sample(logits, &draws, &mut buffers.sampled)?;
+        self.model.backend().enqueue_sample(logits, &draws, &mut buffers.sampled)?;
         buffers.draws = recycle_draws(draws);
         buffers.segments = recycle(segments);
         Ok(())
-    }
-
-    /// Tells the readers what was drawn and scored, and notes it for the scheduler.
-    fn deliver(&mut self, plan: &StepPlan, part: &[LogitRow], buffers: &mut Buffers) {
-        let mut scored: Option<(RequestKey, Vec<TokenOutput>)> = None;
-        for (wanted, sampled) in part.iter().zip(&buffers.sampled) {
-            let id = plan.sequences[wanted.planned].id;
-            // Gone: its reader fell behind while this very step delivered.
-            let Some(sequence) = self.sequences.get(&id) else { continue };
-            let (key, index) = (sequence.request, sequence.index);
-            let output = TokenOutput {
-                chosen: TokenLogprob { token: sampled.token, logprob: sampled.logprob },
-                top: sampled.top.clone(),
-            };
-            if wanted.score.is_some() {
-                match &mut scored {
-                    Some((of, outputs)) if *of == key => outputs.push(output),
-                    _ => {
-                        self.send_scored(scored.take());
-                        scored = Some((key, vec![output]));
-                    }
-                }
-                continue;
-            }
-            self.send_scored(scored.take());
-            let result = &mut buffers.results[wanted.planned];
-            result.token = Some(sampled.token);
-            result.finished = self.deliver_token(key, id, index, output);
-        }
-        self.send_scored(scored);
-    }
-
-    fn send_scored(&mut self, scored: Option<(RequestKey, Vec<TokenOutput>)>) {
-        if let Some((key, outputs)) = scored {
-            self.send(key, Event::PromptLogprobs(outputs));
-        }
-    }
-
-    /// Sends one drawn token; true when it is the sample's last.
-    fn deliver_token(&mut self, key: RequestKey, id: SequenceId, index: u32, output: TokenOutput) -> bool {
-        let token = output.chosen.token;
-        self.totals.generation_tokens += 1;
-        let generated = self.scheduler.tokens(id).map_or(0, <[Token]>::len) + 1;
-        let Some(request) = self.requests.get_mut(&key) else { return true };
-        request.usage.completion_tokens += 1;
-        let generated = generated - request.prompt_tokens;
-        let reason = if request.stops.contains(&token) {
-            Some(FinishReason::Stop)
-        } else if generated >= request.params.max_tokens as usize {
-            Some(FinishReason::Length)
-        } else {
-            None
-        };
-        self.send(key, Event::Token { index, output });
-        if let Some(reason) = reason {
-            self.finish(id, reason);
-        }
-        reason.is_some() || !self.sequences.contains_key(&id)
-    }
-
-    /// One sample is complete; with the last one the request is.
-    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        let Some(sequence) = self.sequences.remove(&id) else { return };
-        let Some(request) = self.requests.get_mut(&sequence.request) else { return };
-        request.open_samples -= 1;
-        let done = (request.open_samples == 0).then_some(Event::Done { usage: request.usage });
-        self.send(sequence.request, Event::Finished { index: sequence.index, reason });
-        if let Some(done) = done
-            && let Some(request) = self.requests.remove(&sequence.request)
-        {
-            let (events, control) = request.release();
-            if let Err(mpsc::error::TrySendError::Full(_)) = events.try_send(done) {
-                let _ = control.failure.set(EngineError::SlowReader { max: events.max_capacity() });
-            }
-        }
-    }
-
-    /// Sends an event; a reader that is gone or too far behind loses its request.
-    fn send(&mut self, key: RequestKey, event: Event) {
-        let Some(request) = self.requests.get(&key) else { return };
-        match request.events.try_send(event) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                let max = request.events.max_capacity();
-                let _ = request.control.failure.set(EngineError::SlowReader { max });
-                self.remove(key);
-            }
-            Err(mpsc::error::TrySendError::Closed(_)) => drop(self.remove(key)),
-        }
-    }
-
-    /// Ends a request with an error.
-    fn fail(&mut self, key: RequestKey, error: EngineError) {
-        if let Some((events, control)) = self.remove(key) {
-            fail_reader(&events, &control, error);
-        }
-    }
-
-    /// Forgets a request: its blocks, adapter and lease are free at once.
-    fn remove(&mut self, key: RequestKey) -> Option<(mpsc::Sender<Event>, Arc<Control>)> {
-        let request = self.requests.remove(&key)?;
-        for &id in &request.samples {
-            if self.sequences.remove(&id).is_some() {
-                self.scheduler.abort(id);
-            }
-        }
-        Some(request.release())
-    }
-
-    fn fail_everything(&mut self, error: &EngineError) {
-        for (_, request) in self.requests.drain() {
-            let (events, control) = request.release();
-            fail_reader(&events, &control, error.clone());
-        }
-        self.incoming.close();
-        while let Ok(command) = self.incoming.try_recv() {
-            if let Command::Submit(incoming) = command {
-                let Incoming { submit, events, control, .. } = *incoming;
-                drop(submit);
-                fail_reader(&events, &control, error.clone());
-            }
-        }
     }
 
     fn publish(&self) {
@@ -701,12 +651,6 @@ impl<B: Backend> StepThread<B> {
 /// When it is not there: nothing is ever served in an adapter's name that the adapter did not produce.
 fn adapter<'a, A>(resident: &'a HashMap<Generation, A>, planned: &ScheduledSequence) -> Option<&'a A> {
     planned.generation.map(|generation| &resident[&generation])
-}
-
-/// Tells a reader that its request has failed: in the channel, or where that is full, when it has read all that is there.
-fn fail_reader(events: &mpsc::Sender<Event>, control: &Control, error: EngineError) {
-    let _ = control.failure.set(error.clone());
-    let _ = events.try_send(Event::Failed(error));
 }
 
 fn refusal(error: SubmitError) -> EngineError {
@@ -765,3 +709,4 @@ fn recycle_draws<'to>(mut draws: Vec<SampleRow<'_>>) -> Vec<SampleRow<'to>> {
 
 #[cfg(test)]
 mod allocation_tests;
+mod readers;

@@ -23,7 +23,7 @@ cleanup() {
 trap cleanup EXIT
 export OPENLORA_SERVER_KEYS_FILE=$state/keys.json OPENLORA_ADAPTERS_DATA_DIR=$state/adapters
 OPENLORA_API_KEY=$("$openlora" key create --role admin --name python 2>/dev/null)
-"$openlora" serve --precision f32 --grpc-addr 127.0.0.1:0 --http-addr 127.0.0.1:0 --json >"$state/addr" 2>"$state/log" &
+"$openlora" serve --device cpu --precision f32 --grpc-addr 127.0.0.1:0 --http-addr 127.0.0.1:0 --json >"$state/addr" 2>"$state/log" &
 server=$!
 until [ -s "$state/addr" ]; do
   kill -0 "$server" 2>/dev/null || { cat "$state/log" >&2; exit 1; }

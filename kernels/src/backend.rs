@@ -28,6 +28,19 @@ pub trait Backend: Send + Sync + 'static {
     /// A short name for logs and `doctor`, such as `cpu avx512-vnni, 2 threads`.
     fn describe(&self) -> String;
 
+    /// Whether operations return before they are done, so that the caller has time for other work until it collects results.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    /// Bytes of device memory that nobody has taken; `None` where the device's memory is the host's.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn memory_free(&self) -> Result<Option<usize>, KernelError> {
+        Ok(None)
+    }
+
     /// Repacks a linear for this device.
     ///
     /// # Errors
@@ -103,6 +116,12 @@ pub trait Backend: Send + Sync + 'static {
     /// The rows of a tensor, copied to the host as f32: for tests and logits inspection, not for the step.
     fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32>;
 
+    /// Says how many rows a tensor has that [`Backend::forward`] wrote: where it repeated an earlier pass instead of calling `run`, the
+    /// operations that say so were not called.
+    fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize) {
+        let _ = (tensor, rows);
+    }
+
     /// Runs one forward pass: `run` calls the operations, on tensors that `scope` identifies. A backend may write down what it is
     /// given here once for all of them, and where every sequence has one row it may record what `run` enqueues and enqueue that
     /// again for other steps like it instead of calling `run`.
@@ -117,6 +136,29 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<(), KernelError> {
         let _ = scope;
         run(pages)
+    }
+
+    /// Of how many rows the passes are that [`Backend::forward`] replays for steps of up to `rows` sequences with one row each:
+    /// ascending, none where it records nothing.
+    fn recorded_rows(&self, rows: usize) -> Vec<usize> {
+        let _ = rows;
+        Vec::new()
+    }
+
+    /// Records a pass of one of [`Backend::recorded_rows`] as [`Backend::forward`] would, without running it: what `scope` says of
+    /// tokens, positions, block tables and adapters means nothing but for whether there are runs in `lora`. A pass must have run over
+    /// the same tensors before, as large as any to come, with `lora` given.
+    ///
+    /// # Errors
+    /// A device failure, or what `run` returns.
+    fn record(
+        &self,
+        scope: &ForwardScope<'_, Self>,
+        pages: &mut Self::Pages,
+        run: &mut dyn FnMut(&mut Self::Pages) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let _ = (scope, pages, run);
+        Ok(())
     }
 
     /// `out[i] = table[tokens[i]] (+ scale * B A[:, tokens[i]])`, `out: [tokens, hidden]`.
@@ -209,6 +251,29 @@ pub trait Backend: Send + Sync + 'static {
         rows: &[SampleRow<'_>],
         out: &mut Vec<SampledRow>,
     ) -> Result<(), KernelError>;
+
+    /// The first half of [`Backend::sample`]: enqueues it where operations are [asynchronous](Backend::is_asynchronous), else does all
+    /// of it. [`Backend::collect_sample`] follows, with the same `out`, before anything is sampled again.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn enqueue_sample(
+        &self,
+        logits: &mut Self::Tensor,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<SampledRow>,
+    ) -> Result<(), KernelError> {
+        self.sample(logits, rows, out)
+    }
+
+    /// The second half of [`Backend::sample`]: waits for the results.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn collect_sample(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
+        let _ = out;
+        Ok(())
+    }
 }
 
 /// How the numbers of a tensor are held.

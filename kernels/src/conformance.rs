@@ -1,6 +1,7 @@
 //! What every backend must keep, as checks that any [`Backend`] can be given: inputs, the reference's answer and how far
 //! from it a backend may be. A check panics with what differs. Each backend's tests call all of them.
 
+pub mod operations;
 pub mod pages;
 
 use std::sync::Arc;
@@ -178,21 +179,25 @@ fn allowed_errors(spec: &LinearSpec<'_>, x: &[f32], rounding: Rounding) -> Vec<f
     allowed
 }
 
-fn assert_close(found: &[f32], expected: &[f32], allowed: &[f32], what: &str) {
+/// The largest error as a share of what is allowed.
+fn assert_close(found: &[f32], expected: &[f32], allowed: &[f32], what: &str) -> f32 {
+    let mut worst = 0.0_f32;
     assert_eq!(found.len(), expected.len(), "{what}: number of outputs");
     for (i, ((found, expected), allowed)) in found.iter().zip(expected).zip(allowed).enumerate() {
         // A NaN, which is what an output that was not written holds, fails as well.
         let error = (found - expected).abs();
         assert!(error <= *allowed, "{what}: output {i} is {found}, expected {expected} within {allowed}");
+        worst = worst.max(error / allowed);
     }
+    worst
 }
 
 /// `linear` agrees with the reference in every format, for sizes that fill no panel, mixed formats in one fused linear, and
-/// any number of rows; every output is written and nothing beside it.
+/// any number of rows; every output is written and nothing beside it. Its largest error as a share of what is allowed.
 ///
 /// # Panics
 /// When it does not.
-pub fn linear_agrees_with_reference<B: Backend>(backend: &B, rounding: Rounding) {
+pub fn linear_agrees_with_reference<B: Backend>(backend: &B, rounding: Rounding) -> f32 {
     use BlockFormat::{Bf16, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q6K, Q8_0};
     let cases: [(usize, &[(BlockFormat, usize)]); 14] = [
         (96, &[(Q4_0, 49)]),
@@ -210,7 +215,7 @@ pub fn linear_agrees_with_reference<B: Backend>(backend: &B, rounding: Rounding)
         (256, &[(Q4K, 40), (Q6K, 24), (Q8_0, 7), (Q4_0, 3), (F16, 19)]),
         (1, &[(F32, 1)]),
     ];
-    let mut random = Random::new(1);
+    let (mut random, mut worst) = (Random::new(1), 0.0_f32);
     for (inputs, parts) in cases {
         let matrices: Vec<_> =
             parts.iter().map(|(format, rows)| RandomMatrix::new(*format, *rows, inputs, &mut random)).collect();
@@ -225,9 +230,11 @@ pub fn linear_agrees_with_reference<B: Backend>(backend: &B, rounding: Rounding)
             backend.linear(&linear, &LoraRows { segments: &[] }, &x, &mut out).expect("linear");
             let what = format!("{inputs} inputs, parts {parts:?}, {rows} rows");
             let expected = reference::linear::linear(&spec, &values);
-            assert_close(&backend.read_tensor(&out), &expected, &allowed_errors(&spec, &values, rounding), &what);
+            let allowed = allowed_errors(&spec, &values, rounding);
+            worst = worst.max(assert_close(&backend.read_tensor(&out), &expected, &allowed, &what));
         }
     }
+    worst
 }
 
 /// The rows that [`linear_rows`] computes: a fused linear with mixed formats on `rows` of the same input, in this order.
@@ -255,9 +262,17 @@ pub fn linear_rows<B: Backend>(backend: &B, rows: &[usize]) -> Vec<Vec<u32>> {
 /// # Panics
 /// When it has not.
 pub fn linear_rows_do_not_depend_on_each_other<B: Backend>(backend: &B) {
+    linear_rows_do_not_depend_on_up_to(backend, usize::MAX);
+}
+
+/// As [`linear_rows_do_not_depend_on_each_other`], among `rows_max` rows at most.
+///
+/// # Panics
+/// When it has not.
+pub fn linear_rows_do_not_depend_on_up_to<B: Backend>(backend: &B, rows_max: usize) {
     let alone: Vec<_> = (0..200).map(|row| linear_rows(backend, &[row]).remove(0)).collect();
     let mut random = Random::new(3);
-    for count in (2..=40).chain([133, 200]) {
+    for count in (2..=40).chain([64, 133, 200]).filter(|count| *count <= rows_max) {
         let rows: Vec<usize> = (0..count).map(|_| random.below(200)).collect();
         for (place, (found, row)) in linear_rows(backend, &rows).iter().zip(&rows).enumerate() {
             assert_eq!(found, &alone[*row], "row {row} at place {place} of {count}");

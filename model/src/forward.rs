@@ -48,6 +48,21 @@ impl<B: Backend> Activations<B> {
     pub fn hidden(&self) -> &B::Tensor {
         &self.normed
     }
+
+    /// Rows there is room for.
+    pub(crate) fn rows_max(&self) -> usize {
+        self.rows_max
+    }
+
+    /// Rows of logits there is room for.
+    pub(crate) fn logit_rows_max(&self) -> usize {
+        self.logit_rows_max
+    }
+
+    /// A pass over these buffers, of which not all rows are wanted.
+    pub(crate) fn scope<'a>(&self, rows: &'a StepRows<'a>, lora: &'a LoraRows<'a, B::Adapter>) -> ForwardScope<'a, B> {
+        ForwardScope { tensors: self.id, rows, lora, rows_max: self.rows_max, all_wanted: false }
+    }
 }
 
 impl<B: Backend> Model<B> {
@@ -107,15 +122,15 @@ impl<B: Backend> Model<B> {
         self.check_step(step)?;
         check_wanted(wanted, rows)?;
         act.rows = wanted.len();
-        let (tensors, rows_max, all_wanted) = (act.id, act.rows_max, wanted.len() == rows);
-        let scope = ForwardScope { tensors, rows: step, lora, rows_max, all_wanted };
+        let scope = ForwardScope { all_wanted: wanted.len() == rows, ..act.scope(step, lora) };
         self.backend
             .forward(&scope, pages, &mut |pages| self.run_layers(act, step, lora, (wanted, wanted_lora), pages))?;
+        self.backend.set_rows(&mut act.normed, wanted.len());
         Ok(())
     }
 
     /// The operations of [`Model::forward`].
-    fn run_layers(
+    pub(crate) fn run_layers(
         &self,
         act: &mut Activations<B>,
         step: &StepRows<'_>,

@@ -9,12 +9,14 @@
 
 mod adapter;
 mod config;
+pub mod conformance;
 mod error;
 mod files;
 mod forward;
 mod gguf;
 mod hf;
 mod probe;
+mod ready;
 mod roles;
 mod rope;
 pub mod text;

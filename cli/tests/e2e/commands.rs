@@ -98,6 +98,8 @@ fn errors_name_the_next_command() {
             .expect("runs"),
     );
     assert!(exposed.contains("openlora key create"), "{exposed}");
+    let no_gpu = failure(&openlora(&["serve", "--insecure-no-auth", "--device", "cuda:999"]).expect("runs"));
+    assert!(no_gpu.contains("engine.device is cuda:999") && no_gpu.contains("openlora doctor"), "{no_gpu}");
     let pickled = home.path().join("pickled");
     std::fs::create_dir(&pickled).expect("a folder");
     std::fs::write(pickled.join("adapter_config.json"), "{}").expect("written");
@@ -115,9 +117,11 @@ fn doctor_config_model_and_completions_ask_no_server() {
     let broken = server.openlora(&["doctor", "--config", "/nonexistent.toml"]);
     assert_eq!(broken.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&broken.stdout).contains("/nonexistent.toml"));
+    let log = server.log();
+    assert!(log.contains("device chosen") && log.contains("engine.device is cpu"), "{log}");
     let shown = text(&server.openlora(&["config", "show", "--origin"]));
     assert!(shown.contains("environment OPENLORA_MODEL_PATH"), "{shown}");
-    assert!(shown.contains("engine.max_num_seqs = 32  # default"), "{shown}");
+    assert!(shown.contains("engine.device = \"auto\"  # default"), "{shown}");
     text(&server.openlora(&["config", "check"]));
     let model = json(&server.openlora(&["model", "inspect", "--json"]));
     assert_eq!(model["shape"]["layers"], 30);
@@ -148,6 +152,7 @@ fn an_owner_checks_an_adapter_without_a_server() {
     let check = |folder: &std::path::Path, more: &[&str]| {
         let mut command = Command::new(OPENLORA);
         command.env("OPENLORA_HOME", home.path()).env_remove("OPENLORA_MODEL_PATH");
+        command.env("OPENLORA_ENGINE_DEVICE", "cpu");
         command.args(["adapter", "check"]).arg(folder).arg("--model").arg(&model).args(more).output().expect("runs")
     };
     let good = fixtures().join(TINY_ADAPTER);

@@ -73,8 +73,8 @@ impl Server {
         let mut command = Command::new(OPENLORA);
         command.args(["serve", "--json", "--grpc-addr", "127.0.0.1:0", "--http-addr", "127.0.0.1:0"]);
         command.env("OPENLORA_HOME", home.path()).env("OPENLORA_MODEL_PATH", model());
-        // Small pools: what a test needs, started in a moment.
-        command.env("OPENLORA_ENGINE_POOL_BYTES", "268435456");
+        // Small pools: what a test needs, started in a moment. The CPU, whatever machine this is.
+        command.env("OPENLORA_ENGINE_POOL_BYTES", "268435456").env("OPENLORA_ENGINE_DEVICE", "cpu");
         command.envs(settings.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = command.spawn().expect("openlora starts");
         let log = Arc::new(Mutex::new(String::new()));

@@ -46,8 +46,8 @@ impl Bench {
         let loader = Loader::start(&model, config.max_loading).expect("threads");
         let (commands, incoming) = mpsc::channel(16);
         let board = Arc::new(Board::default());
-        let state = StepThread::new(&model, Scheduler::new(config), (pool, loader), incoming, board, None);
-        let state = state.expect("memory");
+        let device = Device { activations: model.new_activations().expect("memory"), pool, loader };
+        let state = StepThread::new(&model, Scheduler::new(config), device, incoming, board, None);
         Self { state, commands, readers: Vec::new() }
     }
 
@@ -73,14 +73,12 @@ impl Bench {
     /// One turn of [`StepThread::run`], and its readers. Returns the tokens read.
     fn turn(&mut self) -> usize {
         assert!(self.state.receive());
-        self.state.reap();
+        self.state.attend();
         while !self.state.step().expect("the step succeeds") {
             let loaded = self.state.loader.wait(Duration::from_secs(60)).expect("what is not work waits for a load");
             self.state.settle(loaded);
         }
-        while let Some(loaded) = self.state.loader.poll() {
-            self.state.settle(loaded);
-        }
+        self.state.send_results();
         self.state.publish();
         let mut tokens = 0;
         for reader in &mut self.readers {

@@ -1,6 +1,7 @@
 //! Answers equal those of transformers and PEFT, for the base model and its adapters side by side in one batch.
 
 use openlora_engine::Submit;
+use openlora_kernels::Backend;
 
 use crate::rig::{Answer, Expected, Rig, Setup, ask, expected, prompt};
 
@@ -10,7 +11,7 @@ const TOLERANCE: f64 = 2e-3;
 const MARGIN: f64 = 1e-2;
 
 /// Every recorded prompt of the model and of two of its adapters, the shortest first.
-fn recorded(rig: &Rig, model: &str, adapters: [&str; 2]) -> (Vec<Submit>, Vec<Expected>) {
+pub(crate) fn recorded<B: Backend>(rig: &Rig<B>, model: &str, adapters: [&str; 2]) -> (Vec<Submit>, Vec<Expected>) {
     let mut cases: Vec<_> = expected(&format!("models/{model}")).into_iter().map(|entry| (None, entry)).collect();
     for adapter in adapters {
         let entries = expected(&format!("adapters-tiny/{model}/{adapter}"));
@@ -26,7 +27,7 @@ fn recorded(rig: &Rig, model: &str, adapters: [&str; 2]) -> (Vec<Submit>, Vec<Ex
     (cases.iter().map(request).collect(), cases.into_iter().map(|(_, entry)| entry).collect())
 }
 
-fn check(what: &str, answer: &Answer, recorded: &Expected) {
+pub(crate) fn check(what: &str, answer: &Answer, recorded: &Expected) {
     let near = |found: f32, recorded: f64, which: &dyn std::fmt::Display| {
         assert!((f64::from(found) - recorded).abs() <= TOLERANCE, "{what}, {which}: {found} is not {recorded}");
     };

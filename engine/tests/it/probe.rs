@@ -1,4 +1,5 @@
-//! The CPU backend with a gate before each step and faults on demand.
+//! The CPU backend with a gate before each step, another before its results where it plays a device that works by itself, and faults on
+//! demand.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,6 +18,8 @@ pub(crate) const HANG: Duration = Duration::from_secs(60);
 pub(crate) struct Probe {
     pub(crate) cpu: Cpu,
     pub(crate) controls: Arc<Controls>,
+    /// Whether it says that its operations return before they are done.
+    pub(crate) asynchronous: bool,
 }
 
 /// Where a fault strikes.
@@ -53,6 +56,9 @@ struct State {
     begun: u64,
     /// Steps that may pass it; `None` lets all pass.
     allowed: Option<u64>,
+    /// Results that were asked for, and that may be had; `None` gives all.
+    collected: u64,
+    results: Option<u64>,
     loads_begun: u64,
     loads_held: bool,
     fault: Option<(Operation, Fault)>,
@@ -105,6 +111,21 @@ impl Controls {
         self.allow(1);
         self.wait_for_step(next);
         next
+    }
+
+    /// Lets so many more steps of an asynchronous backend have results.
+    pub(crate) fn allow_results(&self, steps: u64) {
+        self.change(|state| state.results = Some(state.results.unwrap_or(state.collected) + steps));
+    }
+
+    /// Waits until so many steps have asked for their results.
+    pub(crate) fn wait_for_collection(&self, steps: u64) {
+        drop(self.wait_until("the results' turn", |state| state.collected >= steps));
+    }
+
+    fn enter_collection(&self) {
+        self.change(|state| state.collected += 1);
+        drop(self.wait_until("the results", |state| state.results.is_none_or(|results| state.collected <= results)));
     }
 
     /// Steps that have come to the gate.
@@ -174,6 +195,10 @@ impl Backend for Probe {
 
     fn describe(&self) -> String {
         self.cpu.describe()
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        self.asynchronous
     }
 
     fn load_linear(&self, spec: &LinearSpec<'_>) -> Result<Self::Linear, KernelError> {
@@ -311,5 +336,12 @@ impl Backend for Probe {
     ) -> Result<(), KernelError> {
         self.controls.strike(Operation::Sample)?;
         self.cpu.sample(logits, rows, out)
+    }
+
+    fn collect_sample(&self, _out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
+        if self.asynchronous {
+            self.controls.enter_collection();
+        }
+        Ok(())
     }
 }

@@ -32,22 +32,25 @@ pub(crate) struct Setup {
     pub(crate) logit_rows: usize,
     /// Rows of one step that the model is loaded for; `None` for as many as the engine may use.
     pub(crate) rows: Option<usize>,
+    /// Whether the backend plays a device that works by itself.
+    pub(crate) asynchronous: bool,
     pub(crate) config: EngineConfig,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let config = EngineConfig { max_num_seqs: 16, max_num_batched_tokens: 256, ..EngineConfig::default() };
-        Self { model: "llama3", blocks: 64, block_size: 16, logit_rows: 32, rows: None, config }
+        Self { model: "llama3", blocks: 64, block_size: 16, logit_rows: 32, rows: None, asynchronous: false, config }
     }
 }
 
 /// An engine, what it was made of, and adapters to lease.
-pub(crate) struct Rig {
+pub(crate) struct Rig<B: Backend = Probe> {
     pub(crate) engine: EngineHandle,
+    /// Of a backend that is a [`Probe`].
     pub(crate) controls: Arc<Controls>,
     pub(crate) store: AdapterStore,
-    pub(crate) model: Arc<Model<Probe>>,
+    pub(crate) model: Arc<Model<B>>,
     name: &'static str,
     folder: tempfile::TempDir,
 }
@@ -60,7 +63,15 @@ impl Setup {
     pub(crate) fn try_start(self) -> Result<Rig, EngineError> {
         let controls = Arc::new(Controls::default());
         let cpu = Cpu::new(2, Precision::F32, Isa::detect()).expect("threads start");
-        let backend = Arc::new(Probe { cpu, controls: Arc::clone(&controls) });
+        let asynchronous = self.asynchronous;
+        self.try_start_on(Arc::new(Probe { cpu, controls: Arc::clone(&controls), asynchronous }), controls)
+    }
+
+    pub(crate) fn try_start_on<B: Backend>(
+        self,
+        backend: Arc<B>,
+        controls: Arc<Controls>,
+    ) -> Result<Rig<B>, EngineError> {
         let limits = Limits::default();
         let files = ModelFiles::open(&fixture("models").join(self.model), &limits).expect("the fixture opens");
         let options = LoadOptions {
@@ -89,7 +100,7 @@ impl Setup {
     }
 }
 
-impl Rig {
+impl<B: Backend> Rig<B> {
     /// A lease on an adapter of fixtures/adapters-tiny, registered under its folder's name.
     pub(crate) fn lease(&self, name: &str) -> Lease {
         let folder = fixture("adapters-tiny").join(self.name).join(name);

@@ -5,7 +5,8 @@
 //! graph the first time, for the next of [`BUCKETS`] rows, and replayed for every later step of so many rows or fewer, with whatever
 //! adapters, ranks and lengths, since none of those is in the launches.
 //!
-//! The first pass of all is not recorded, because it makes the room that the others need.
+//! The first pass of all is not recorded, because it makes the room that the others need. An engine that starts lets one as large as
+//! any run, then has all passes recorded that it can come to need ([`Backend::record`]): no request waits for a recording.
 //!
 //! Operations may also be called by themselves, as tests do: then each writes what it was given, if that is not what was written last.
 
@@ -88,8 +89,8 @@ enum Pass {
     None,
     /// One of the rows that have been written.
     Eager,
-    /// One that is being recorded, for at most so many rows.
-    Recorded(usize),
+    /// One that is being recorded, for at most so many rows, with adapters or without.
+    Recorded { rows: usize, adapters: bool },
 }
 
 /// What makes a recorded pass fit another.
@@ -210,7 +211,7 @@ impl<D: Device> State<D> {
     /// The rows of a launch over `rows` rows of a tensor.
     fn rows(&self, rows: usize) -> Rows {
         match (self.pass, &self.step) {
-            (Pass::Recorded(_), Some(step)) => Rows::of_step(&step.view(), rows),
+            (Pass::Recorded { .. }, Some(step)) => Rows::of_step(&step.view(), rows),
             _ => Rows { count: self.all.address(), max: rows },
         }
     }
@@ -236,6 +237,11 @@ impl<D: Device> State<D> {
         Ok(())
     }
 
+    /// The next attention of each window plans anew.
+    fn forget_plans(&mut self) {
+        self.attention.iter_mut().for_each(|(_, _, made)| *made = false);
+    }
+
     fn limits(&self) -> StepLimits {
         self.step.as_ref().expect("made by make_room").limits()
     }
@@ -247,7 +253,7 @@ impl<D: Device> State<D> {
     /// Writes a step, if it is not there already.
     fn write(&mut self, device: &Arc<D>, step: &StepRows<'_>, segments: &[Segment]) -> Result<(), KernelError> {
         self.make_room(device, step.tokens.len(), step.block_tables.len())?;
-        self.attention.iter_mut().for_each(|(_, _, made)| *made = false);
+        self.forget_plans();
         self.step.as_mut().expect("just made").write(step, segments)?;
         self.written.set(step);
         Ok(())
@@ -283,11 +289,12 @@ impl<D: Device> State<D> {
         lora: &LoraRows<'_, CudaAdapter<D>>,
         rows: usize,
     ) -> Result<bool, KernelError> {
-        if lora.segments.is_empty() {
-            return Ok(false);
+        if let Pass::Recorded { adapters, .. } = self.pass {
+            return Ok(adapters);
         }
-        if let Pass::Recorded(_) = self.pass {
-            return Ok(true);
+        // As for the pass: rows that are all of the base model have no plan.
+        if lora.segments.iter().all(|segment| segment.adapter.is_none()) {
+            return Ok(false);
         }
         self.make_room(device, rows, 0)?;
         let segments = self.lora_plan(device, element)?.segments(lora)?;
@@ -343,6 +350,14 @@ impl<D: Device> Backend for Cuda<D> {
         let properties = self.device.properties();
         let (major, minor) = properties.compute;
         format!("{} (compute {major}.{minor}), {}", properties.name, self.element.suffix())
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn memory_free(&self) -> Result<Option<usize>, KernelError> {
+        self.device.memory_free().map(Some)
     }
 
     fn load_linear(&self, spec: &LinearSpec<'_>) -> Result<PlannedLinear<D>, KernelError> {
@@ -437,6 +452,10 @@ impl<D: Device> Backend for Cuda<D> {
         tensor.values().expect("a device that fails here fails the next operation as well")
     }
 
+    fn set_rows(&self, tensor: &mut CudaTensor<D>, rows: usize) {
+        tensor.set_rows(rows);
+    }
+
     fn forward(
         &self,
         scope: &ForwardScope<'_, Self>,
@@ -446,8 +465,7 @@ impl<D: Device> Backend for Cuda<D> {
         let rows = scope.rows.tokens.len();
         pages.check(scope.rows.block_tables)?;
         let decodes = scope.all_wanted && scope.rows.sequences.len() == rows;
-        let bucket = BUCKETS.into_iter().find(|bucket| *bucket >= rows).filter(|_| decodes);
-        let bucket = bucket.map(|bucket| bucket.min(scope.rows_max));
+        let bucket = bucket(rows).filter(|_| decodes).map(|bucket| bucket.min(scope.rows_max));
         let adapters;
         {
             let mut state = self.state();
@@ -473,6 +491,24 @@ impl<D: Device> Backend for Cuda<D> {
         done
     }
 
+    fn recorded_rows(&self, rows: usize) -> Vec<usize> {
+        let last = bucket(rows).unwrap_or(BUCKETS[BUCKETS.len() - 1]);
+        BUCKETS.into_iter().filter(|bucket| *bucket <= last).collect()
+    }
+
+    fn record(
+        &self,
+        scope: &ForwardScope<'_, Self>,
+        pages: &mut CudaPages<D>,
+        run: &mut dyn FnMut(&mut CudaPages<D>) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let (rows, adapters) = (scope.rows.tokens.len(), !scope.lora.segments.is_empty());
+        let key = GraphKey { tensors: scope.tensors, pages: pages.address().0, rows, adapters };
+        let done = self.record_pass(key, pages, run);
+        self.state().pass = Pass::None;
+        done
+    }
+
     fn embed(
         &self,
         table: &PlannedEmbedding<D>,
@@ -482,7 +518,7 @@ impl<D: Device> Backend for Cuda<D> {
     ) -> Result<(), KernelError> {
         let mut state = self.state();
         let rows = match state.pass {
-            Pass::Recorded(rows) => rows,
+            Pass::Recorded { rows, .. } => rows,
             _ => tokens.len(),
         };
         if state.pass == Pass::None {
@@ -601,7 +637,7 @@ impl<D: Device> Backend for Cuda<D> {
         let StepLimits { rows: rows_max, table_entries } = state.limits();
         let room = AttentionBounds { rows: rows_max, rows_each: rows_max, table_entries };
         let rows_each = match state.pass {
-            Pass::Recorded(_) => 1,
+            Pass::Recorded { .. } => 1,
             _ => step.sequences.iter().map(|sequence| sequence.rows).max().unwrap_or(1),
         };
         let bounds = AttentionBounds { rows, rows_each, table_entries };
@@ -649,6 +685,16 @@ impl<D: Device> Backend for Cuda<D> {
         rows: &[SampleRow<'_>],
         out: &mut Vec<SampledRow>,
     ) -> Result<(), KernelError> {
+        self.enqueue_sample(logits, rows, out)?;
+        self.collect_sample(out)
+    }
+
+    fn enqueue_sample(
+        &self,
+        logits: &mut CudaTensor<D>,
+        rows: &[SampleRow<'_>],
+        _out: &mut Vec<SampledRow>,
+    ) -> Result<(), KernelError> {
         assert_eq!(logits.rows(), rows.len(), "one entry for each row of logits");
         let top = |row: &SampleRow<'_>| match row {
             SampleRow::Draw { top, .. } | SampleRow::Score { top, .. } => *top,
@@ -658,9 +704,21 @@ impl<D: Device> Backend for Cuda<D> {
         let limits = SampleLimits { rows: rows.len().max(state.rows_max), vocab: logits.width(), top };
         let sampler = state.sampler(&self.device, limits)?;
         sampler.prepare(rows)?;
-        sampler.launch(Stream::Compute, logits, rows.len())?;
-        sampler.results(out)
+        sampler.launch(Stream::Compute, logits, rows.len())
     }
+
+    fn collect_sample(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
+        // Taken meanwhile: who loads adapters needs the lock, and waiting takes as long as a step.
+        let (sampler, limits) = self.state().sampler.take().expect("something was enqueued");
+        let done = sampler.results(out);
+        self.state().sampler = Some((sampler, limits));
+        done
+    }
+}
+
+/// Rows of the pass that is recorded for so many; none beyond the largest.
+fn bucket(rows: usize) -> Option<usize> {
+    BUCKETS.into_iter().find(|bucket| *bucket >= rows)
 }
 
 impl<D: Device> Cuda<D> {
@@ -674,6 +732,34 @@ impl<D: Device> Cuda<D> {
         state.lora_plan(&self.device, self.element)?.plan(view)
     }
 
+    /// Records a pass, unless that has been done.
+    fn record_pass(
+        &self,
+        key: GraphKey,
+        pages: &mut CudaPages<D>,
+        run: &mut dyn FnMut(&mut CudaPages<D>) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        {
+            let mut state = self.state();
+            if state.graphs.contains_key(&key) {
+                return Ok(());
+            }
+            let ready = state.partials.is_some() && (state.lora.is_some() || !key.adapters);
+            assert!(ready, "while a pass is recorded nothing can be allocated: one has to have run");
+            state.forget_plans();
+            state.pass = Pass::Recorded { rows: key.rows, adapters: key.adapters };
+        }
+        let graph = self.device.capture(&mut || {
+            self.plan_adapters(key.adapters)?;
+            run(pages)
+        })?;
+        let mut state = self.state();
+        // What was recorded has not been done.
+        state.forget_plans();
+        state.graphs.insert(key, graph);
+        Ok(())
+    }
+
     /// Replays a pass, recording it before where that has not been done.
     fn replay(
         &self,
@@ -681,14 +767,7 @@ impl<D: Device> Cuda<D> {
         pages: &mut CudaPages<D>,
         run: &mut dyn FnMut(&mut CudaPages<D>) -> Result<(), KernelError>,
     ) -> Result<(), KernelError> {
-        if !self.state().graphs.contains_key(&key) {
-            self.state().pass = Pass::Recorded(key.rows);
-            let graph = self.device.capture(&mut || {
-                self.plan_adapters(key.adapters)?;
-                run(pages)
-            })?;
-            self.state().graphs.insert(key, graph);
-        }
+        self.record_pass(key, pages, run)?;
         let state = self.state();
         // SAFETY: it was recorded with the memory of this state and of the tensors and pages that the key names, all of which live:
         // what replaces memory forgets the graphs.

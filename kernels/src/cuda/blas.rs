@@ -202,7 +202,7 @@ impl Blas {
         let what = describe(gemm.rows, &Shape::of(gemm));
         Err(match status {
             // The device failed, not the request.
-            11 | 13 | 14 if !self.shared.is_recording() => self.shared.lose(what, name_of(status)),
+            11 | 13 | 14 if !self.shared.records() => self.shared.lose(what, name_of(status)),
             _ => self.shared.failure(what, name_of(status)),
         })
     }

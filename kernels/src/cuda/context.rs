@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, ThreadId};
 
 use cudarc::driver::sys as cu;
@@ -16,7 +16,7 @@ use crate::KernelError;
 /// Events kept for the next use.
 const SPARE_EVENTS: usize = 256;
 /// The oldest driver that has every function that is used, as CUDA's version.
-const CUDA_MIN: (u32, u32) = (12, 4);
+pub(super) const CUDA_MIN: (u32, u32) = (12, 4);
 
 /// A kernel, ready to run.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,9 @@ pub(super) struct Shared {
     spare_events: Mutex<Vec<cu::CUevent>>,
     modules: Mutex<Vec<cu::CUmodule>>,
     pub(super) recording: Mutex<Recording>,
+    /// Held for reading by whoever enqueues on Compute, for writing by who records there: what another thread enqueued meanwhile would
+    /// become part of the recording.
+    turns: RwLock<()>,
 }
 
 // SAFETY: handles of the driver may be used from any thread that has made the context current, which every call does first;
@@ -115,17 +118,33 @@ impl Shared {
         self.failure(what, reason.clone())
     }
 
-    pub(super) fn is_recording(&self) -> bool {
-        locked(&self.recording).thread.is_some()
+    /// Whether this thread records on Compute.
+    pub(super) fn records(&self) -> bool {
+        locked(&self.recording).thread == Some(thread::current().id())
     }
 
-    /// What cannot be recorded is refused while Compute records: anything on Compute, and anything of the thread that records.
-    pub(super) fn refuse_recording(&self, what: &str, stream: Option<Stream>) -> Result<(), KernelError> {
-        let Some(thread) = locked(&self.recording).thread else { return Ok(()) };
-        if stream != Some(Stream::Copy) || thread == thread::current().id() {
+    /// This thread's turn on a stream, for as long as what is returned lives: where another thread records on Compute, it is waited for.
+    pub(super) fn turn(&self, stream: Stream) -> Option<RwLockReadGuard<'_, ()>> {
+        // The thread that records has the turn.
+        let free = stream == Stream::Copy || self.records();
+        (!free).then(|| self.turns.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The turn on Compute of a thread that is about to record, alone.
+    pub(super) fn turn_alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.turns.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Shared::turn`], for what cannot be recorded: refused to the thread that records.
+    pub(super) fn unrecorded_turn(
+        &self,
+        what: &str,
+        stream: Stream,
+    ) -> Result<Option<RwLockReadGuard<'_, ()>>, KernelError> {
+        if self.records() {
             return Err(self.failure(what, "not while steps are recorded".to_owned()));
         }
-        Ok(())
+        Ok(self.turn(stream))
     }
 
     pub(super) fn stream(&self, stream: Stream) -> cu::CUstream {
@@ -144,7 +163,20 @@ impl Shared {
                 handle
             }
         };
-        Ok(CudaEvent { handle, shared: Arc::clone(self) })
+        Ok(CudaEvent { handle, timed: false, shared: Arc::clone(self) })
+    }
+
+    /// Marks the present end of a stream and keeps the time when it is reached.
+    pub(super) fn mark_time(self: &Arc<Self>, stream: Stream) -> Result<CudaEvent, KernelError> {
+        let mut handle = std::ptr::null_mut();
+        let flags = cu::CUevent_flags::CU_EVENT_DEFAULT as u32;
+        // SAFETY: a place for an event; the context is current.
+        self.check("making an event", unsafe { (self.cuda.cuEventCreate)(&mut handle, flags) })?;
+        let event = CudaEvent { handle, timed: true, shared: Arc::clone(self) };
+        // SAFETY: both are alive.
+        let status = unsafe { (self.cuda.cuEventRecord)(event.handle, self.stream(stream)) };
+        self.check("marking a point in time", status)?;
+        Ok(event)
     }
 
     /// Marks the present end of a stream.
@@ -206,6 +238,8 @@ impl Drop for Shared {
 /// A point in a stream.
 pub struct CudaEvent {
     pub(super) handle: cu::CUevent,
+    /// Whether the time is kept when it is passed.
+    pub(super) timed: bool,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -222,7 +256,7 @@ impl Drop for CudaEvent {
     fn drop(&mut self) {
         // It may be recorded again at once: who waits for it waits for the point it marked when the wait was enqueued.
         let mut spare = locked(&self.shared.spare_events);
-        if spare.len() < SPARE_EVENTS {
+        if spare.len() < SPARE_EVENTS && !self.timed {
             spare.push(self.handle);
             return;
         }
@@ -318,6 +352,7 @@ impl Shared {
             spare_events: Mutex::default(),
             modules: Mutex::default(),
             recording: Mutex::default(),
+            turns: RwLock::default(),
         };
         shared.enter("making a context")?;
         for number in 0..2 {

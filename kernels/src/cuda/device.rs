@@ -199,7 +199,9 @@ pub trait Device: Send + Sync + Debug + 'static {
     /// The addresses are of allocations with room for the matrices, which live until the product is there.
     unsafe fn gemm(&self, stream: Stream, gemm: &Gemm) -> Result<(), KernelError>;
 
-    /// Records what is enqueued on [`Stream::Compute`] by `record` instead of running it. Writes and reads are refused meanwhile.
+    /// Records what is enqueued on [`Stream::Compute`] by `record` instead of running it. Writes, reads and events are refused to this
+    /// thread meanwhile. What other threads do there is no part of the recording: it may have to wait for its end, so `record` must not
+    /// wait for them.
     ///
     /// # Errors
     /// What `record` returns, or a device failure.
@@ -219,6 +221,23 @@ pub trait Device: Send + Sync + Debug + 'static {
     /// # Errors
     /// A device failure.
     fn record(&self, stream: Stream) -> Result<Self::Event, KernelError>;
+
+    /// Marks a point in a stream whose time is kept, which costs more: for measuring.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn record_timed(&self, stream: Stream) -> Result<Self::Event, KernelError> {
+        self.record(stream)
+    }
+
+    /// Waits until the later of two points of [`Device::record_timed`] is passed; milliseconds between them, by the device's clock.
+    ///
+    /// # Errors
+    /// A device that keeps no time, points whose time was not kept, or a device failure.
+    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, KernelError> {
+        let what = format!("the time from {from:?} to {to:?}");
+        Err(KernelError::Device { device: self.properties().name.clone(), what, reason: "it keeps no time".into() })
+    }
 
     /// Lets `stream` wait until the point is passed.
     ///

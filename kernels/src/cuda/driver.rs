@@ -183,7 +183,7 @@ struct Relaxed<'a>(Option<(&'a Shared, cu::CUstreamCaptureMode)>);
 
 impl<'a> Relaxed<'a> {
     fn new(shared: &'a Shared) -> Result<Self, KernelError> {
-        if !shared.is_recording() {
+        if !shared.records() {
             return Ok(Self(None));
         }
         let mut mode = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -252,8 +252,7 @@ impl Device for Driver {
 
     fn allocate(&self, bytes: usize) -> Result<Address, KernelError> {
         self.shared.enter("taking memory")?;
-        // Of another thread's recording it is no part.
-        self.shared.refuse_recording("taking memory", Some(Stream::Copy))?;
+        let _turn = self.shared.unrecorded_turn("taking memory", Stream::Copy)?;
         self.shared.allocate("device memory", bytes).map(Address)
     }
 
@@ -264,7 +263,7 @@ impl Device for Driver {
     unsafe fn write(&self, stream: Stream, to: Address, bytes: &[u8]) -> Result<(), KernelError> {
         let (shared, what) = (&self.shared, "writing to the device");
         shared.enter(what)?;
-        shared.refuse_recording(what, Some(stream))?;
+        let _turn = shared.unrecorded_turn(what, stream)?;
         let mut writes = locked(&self.lane(stream).writes);
         let (ring, pinned) = &mut *writes;
         for (number, chunk) in bytes.chunks(ring.run_max()).enumerate() {
@@ -296,7 +295,7 @@ impl Device for Driver {
     unsafe fn read(&self, stream: Stream, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         let (shared, what) = (&self.shared, "reading from the device");
         shared.enter(what)?;
-        shared.refuse_recording(what, Some(stream))?;
+        let _turn = shared.unrecorded_turn(what, stream)?;
         let pinned = locked(&self.lane(stream).reads);
         for (number, chunk) in bytes.chunks_mut(pinned.bytes).enumerate() {
             let from = from.plus(number * pinned.bytes).0;
@@ -318,6 +317,7 @@ impl Device for Driver {
         if bytes == 0 {
             return Ok(());
         }
+        let _turn = self.shared.turn(stream);
         // SAFETY: the caller vouches for the memory; the stream is alive.
         let status = unsafe { (self.shared.cuda.cuMemsetD8Async)(at.0, 0, bytes, self.shared.stream(stream)) };
         self.shared.check(what, status)
@@ -337,6 +337,7 @@ impl Device for Driver {
         }
         let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
         let [x, y] = launch.grid;
+        let _turn = shared.turn(stream);
         // SAFETY: the kernel is loaded; its one argument has the size that the kernel declares and is copied before this returns;
         // the caller vouches for what it says.
         let status = unsafe {
@@ -371,6 +372,7 @@ impl Device for Driver {
         if gemm.rows == 0 || gemm.outputs == 0 {
             return Ok(());
         }
+        let _turn = self.shared.turn(stream);
         let _relaxed = Relaxed::new(&self.shared)?;
         // SAFETY: the caller vouches for the matrices; the context is current; the workspace is Compute's.
         unsafe { self.blas.multiply(self.shared.stream(stream), self.workspace.address, gemm) }
@@ -380,13 +382,11 @@ impl Device for Driver {
         let (shared, what) = (&*self.shared, "recording steps");
         let cuda = &shared.cuda;
         shared.enter(what)?;
-        {
-            let mut recording = locked(&shared.recording);
-            if recording.thread.is_some() {
-                return Err(shared.failure(what, "steps are being recorded already".to_owned()));
-            }
-            recording.thread = Some(thread::current().id());
+        if shared.records() {
+            return Err(shared.failure(what, "steps are being recorded already".to_owned()));
         }
+        let _turn = shared.turn_alone();
+        locked(&shared.recording).thread = Some(thread::current().id());
         let mut recorder = Recorder { shared, begun: false };
         // Thread-local: what other threads do meanwhile is checked against their own recordings, of which they have none.
         let mode = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -414,7 +414,7 @@ impl Device for Driver {
     unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), KernelError> {
         let (shared, what) = (&self.shared, "replaying recorded steps");
         shared.enter(what)?;
-        shared.refuse_recording(what, Some(Stream::Compute))?;
+        let _turn = shared.unrecorded_turn(what, Stream::Compute)?;
         // SAFETY: both are alive; the caller vouches for the launches.
         shared.check(what, unsafe { (shared.cuda.cuGraphLaunch)(graph.handle, shared.stream(Stream::Compute)) })
     }
@@ -422,14 +422,38 @@ impl Device for Driver {
     fn record(&self, stream: Stream) -> Result<Self::Event, KernelError> {
         let what = "marking a point in a stream";
         self.shared.enter(what)?;
-        self.shared.refuse_recording(what, Some(stream))?;
+        let _turn = self.shared.unrecorded_turn(what, stream)?;
         self.shared.mark(stream)
+    }
+
+    fn record_timed(&self, stream: Stream) -> Result<Self::Event, KernelError> {
+        let what = "marking a point in time";
+        self.shared.enter(what)?;
+        let _turn = self.shared.unrecorded_turn(what, stream)?;
+        self.shared.mark_time(stream)
+    }
+
+    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<f32, KernelError> {
+        let (shared, what) = (&self.shared, "asking the time between two points");
+        shared.enter(what)?;
+        // Nothing is enqueued: another thread may record meanwhile.
+        let _turn = shared.unrecorded_turn(what, Stream::Copy)?;
+        if !(from.timed && to.timed) {
+            return Err(shared.failure(what, "their time was not kept".to_owned()));
+        }
+        let mut milliseconds = 0.0;
+        // SAFETY: both are alive; there is a place for a number.
+        shared.check(what, unsafe { (shared.cuda.cuEventSynchronize)(to.handle) })?;
+        // SAFETY: as above.
+        let status = unsafe { (shared.cuda.cuEventElapsedTime)(&mut milliseconds, from.handle, to.handle) };
+        shared.check(what, status)?;
+        Ok(milliseconds)
     }
 
     fn wait(&self, stream: Stream, event: &Self::Event) -> Result<(), KernelError> {
         let (shared, what) = (&self.shared, "ordering two streams");
         shared.enter(what)?;
-        shared.refuse_recording(what, Some(stream))?;
+        let _turn = shared.unrecorded_turn(what, stream)?;
         // SAFETY: both are alive; 0 is the only flag there is for a plain wait.
         shared.check(what, unsafe { (shared.cuda.cuStreamWaitEvent)(shared.stream(stream), event.handle, 0) })
     }
@@ -437,7 +461,7 @@ impl Device for Driver {
     fn synchronise(&self) -> Result<(), KernelError> {
         let what = "waiting for the device";
         self.shared.enter(what)?;
-        self.shared.refuse_recording(what, None)?;
+        let _turn = self.shared.unrecorded_turn(what, Stream::Compute)?;
         self.shared.wait_for(Stream::Compute)?;
         self.shared.wait_for(Stream::Copy)
     }

@@ -3,7 +3,7 @@
 //! The kernels' own sources, compiled by g++ against `include/host.hpp`, run when they are enqueued on [`Stream::Compute`]. What a
 //! GPU leaves undefined is made to show: fresh memory is full of NaN, allocations are exactly as large as asked for (so that the
 //! address sanitiser sees what goes beyond), threads and blocks run in shuffled orders (see `host.hpp`), and what is enqueued on
-//! [`Stream::Copy`] happens as late as it may: when something waits for it.
+//! [`Stream::Copy`] happens as late as it may: when something waits for it. It can be told to fail ([`Emulated::break_after`]).
 //!
 //! Each file of kernels becomes one shared library in a folder beside the running program, named by a hash of everything that
 //! went into it, so that the processes of a test run build it once. What it is built to notice, the environment variable
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 
@@ -86,6 +86,18 @@ struct State {
     late: VecDeque<Work>,
     /// How much has been done there.
     late_done: u64,
+    /// Calls that still succeed, and how the next one fails.
+    fault: Option<(u64, Fault)>,
+    lost: bool,
+}
+
+/// How a device fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// One call finds no memory.
+    OutOfMemory,
+    /// The device is lost, as after a kernel's fault: every call fails from then on.
+    Lost,
 }
 
 #[derive(Debug)]
@@ -107,6 +119,7 @@ enum Work {
 pub struct Event {
     stream: Stream,
     enqueued: u64,
+    at: Instant,
 }
 
 /// What was recorded.
@@ -136,11 +149,23 @@ impl Emulated {
         Self::with_sources(multiprocessors, KERNELS)
     }
 
+    /// A device with so much memory.
+    ///
+    /// # Errors
+    /// There is no g++, or it refuses a kernel.
+    pub fn with_memory(multiprocessors: u32, bytes: usize) -> Result<Arc<Self>, KernelError> {
+        Ok(Arc::new(Self { memory: bytes, ..Self::made(multiprocessors, KERNELS)? }))
+    }
+
     /// A device with other kernels.
     ///
     /// # Errors
     /// There is no g++, or it refuses a kernel.
     pub fn with_sources(multiprocessors: u32, sources: &[Source]) -> Result<Arc<Self>, KernelError> {
+        Self::made(multiprocessors, sources).map(Arc::new)
+    }
+
+    fn made(multiprocessors: u32, sources: &[Source]) -> Result<Self, KernelError> {
         let libraries = sources.iter().map(Library::of).collect::<Result<_, _>>()?;
         let properties = Properties {
             name: "emulated".into(),
@@ -148,7 +173,27 @@ impl Emulated {
             multiprocessors,
             shared_bytes_max: SHARED_BYTES_MAX,
         };
-        Ok(Arc::new(Self { properties, libraries, memory: MEMORY, state: Mutex::default() }))
+        Ok(Self { properties, libraries, memory: MEMORY, state: Mutex::default() })
+    }
+
+    /// Lets the call after so many more fail.
+    pub fn break_after(&self, calls: u64, fault: Fault) {
+        self.state().fault = Some((calls, fault));
+    }
+
+    /// Counts a call of the [`Device`]'s, which fails if it is its turn to.
+    fn enter(&self, what: &str) -> Result<(), KernelError> {
+        let mut state = self.state();
+        match &mut state.fault {
+            Some((calls @ 1.., _)) => *calls -= 1,
+            Some((_, Fault::Lost)) => state.lost = true,
+            Some((_, Fault::OutOfMemory)) => {
+                state.fault = None;
+                return Err(KernelError::OutOfMemory { what: "injected", bytes: 0 });
+            }
+            None => {}
+        }
+        if state.lost { Err(failure(what, "the device is lost".into())) } else { Ok(()) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -160,6 +205,7 @@ impl Emulated {
     /// # Safety
     /// As for what is run.
     unsafe fn enqueue(&self, stream: Stream, work: Work) -> Result<(), KernelError> {
+        self.enter("enqueue")?;
         let mut state = self.state();
         match (&mut state.capture, stream) {
             (_, Stream::Copy) => state.late.push_back(work),
@@ -200,15 +246,10 @@ impl Emulated {
         }
     }
 
-    /// Fails unless the bytes are all inside one allocation and the stream takes copies now.
-    fn check(&self, what: &str, stream: Stream, at: Address, bytes: usize) -> Result<(), KernelError> {
-        let state = self.state();
-        if let Some(capture) = &state.capture
-            && (stream == Stream::Compute || capture.thread == thread::current().id())
-        {
-            return Err(failure(what, "refused while launches are recorded".into()));
-        }
-        state.inside(what, at, bytes)
+    /// Fails unless the bytes are all inside one allocation and this thread may copy now.
+    fn check(&self, what: &str, at: Address, bytes: usize) -> Result<(), KernelError> {
+        self.refuse_in_capture(what)?;
+        self.state().inside(what, at, bytes)
     }
 
     fn entry(&self, kernel: &str) -> Result<Entry, KernelError> {
@@ -344,6 +385,7 @@ impl Device for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address, KernelError> {
+        self.enter("allocate")?;
         let mut state = self.state();
         let refused = KernelError::OutOfMemory { what: "device memory", bytes };
         if bytes == 0 {
@@ -377,13 +419,14 @@ impl Device for Emulated {
     }
 
     unsafe fn write(&self, stream: Stream, to: Address, bytes: &[u8]) -> Result<(), KernelError> {
-        self.check("write", stream, to, bytes.len())?;
+        self.check("write", to, bytes.len())?;
         // SAFETY: the caller's promise.
         unsafe { self.enqueue(stream, Work::Write { to, bytes: bytes.to_vec() }) }
     }
 
     unsafe fn read(&self, stream: Stream, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
-        self.check("read", stream, from, bytes.len())?;
+        self.enter("read")?;
+        self.check("read", from, bytes.len())?;
         if stream == Stream::Copy {
             self.catch_up(u64::MAX)?;
         }
@@ -434,18 +477,27 @@ impl Device for Emulated {
     }
 
     unsafe fn replay(&self, graph: &Graph) -> Result<(), KernelError> {
+        self.enter("replay")?;
         self.refuse_in_capture("replay")?;
         // SAFETY: the caller's promise.
         graph.0.iter().try_for_each(|work| unsafe { self.run(work) })
     }
 
     fn record(&self, stream: Stream) -> Result<Event, KernelError> {
+        self.enter("record")?;
         self.refuse_in_capture("record")?;
         let state = self.state();
-        Ok(Event { stream, enqueued: state.late_done + state.late.len() as u64 })
+        Ok(Event { stream, enqueued: state.late_done + state.late.len() as u64, at: Instant::now() })
+    }
+
+    /// By the host's clock: what is on [`Stream::Compute`] is done when it is enqueued.
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<f32, KernelError> {
+        self.refuse_in_capture("elapsed")?;
+        Ok(to.at.duration_since(from.at).as_secs_f32() * 1e3)
     }
 
     fn wait(&self, stream: Stream, event: &Event) -> Result<(), KernelError> {
+        self.enter("wait")?;
         self.refuse_in_capture("wait")?;
         match (stream, event.stream) {
             (Stream::Compute, Stream::Copy) => self.catch_up(event.enqueued),
@@ -455,6 +507,7 @@ impl Device for Emulated {
     }
 
     fn synchronise(&self) -> Result<(), KernelError> {
+        self.enter("synchronise")?;
         self.refuse_in_capture("synchronise")?;
         self.catch_up(u64::MAX)
     }

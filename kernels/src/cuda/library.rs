@@ -302,6 +302,12 @@ fn file_of(address: *mut c_void) -> Option<PathBuf> {
     known.then(|| PathBuf::from(OsStr::from_bytes(unsafe { CStr::from_ptr(info.dli_fname) }.to_bytes())))
 }
 
+/// cudarc's names of the driver's functions. One of them CUDA 13's headers have under its second name only; drivers have both.
+mod driver {
+    pub(super) use cudarc::driver::sys::cuEventElapsedTime_v2 as cuEventElapsedTime;
+    pub(super) use cudarc::driver::sys::*;
+}
+
 /// A table of functions. Each line is a function's signature in CUDA's header, the type of its result in cudarc, and the type
 /// it is taken as here: a number where cudarc has an enum, since a newer library may return what the enum does not have.
 macro_rules! library {
@@ -344,7 +350,7 @@ macro_rules! library {
         }
 
         const _: () = {
-            $(let _: unsafe fn($($type),*) -> $theirs = cudarc::$module::sys::$function;)*
+            $(let _: unsafe fn($($type),*) -> $theirs = $module::$function;)*
         };
     };
 }
@@ -380,6 +386,7 @@ library! {
         fn cuEventRecord(cu::CUevent, cu::CUstream) -> cu::CUresult as u32;
         fn cuEventSynchronize(cu::CUevent) -> cu::CUresult as u32;
         fn cuEventDestroy_v2(cu::CUevent) -> cu::CUresult as u32;
+        fn cuEventElapsedTime(*mut f32, cu::CUevent, cu::CUevent) -> cu::CUresult as u32;
         fn cuMemGetInfo_v2(*mut usize, *mut usize) -> cu::CUresult as u32;
         fn cuMemAlloc_v2(*mut cu::CUdeviceptr, usize) -> cu::CUresult as u32;
         fn cuMemFree_v2(cu::CUdeviceptr) -> cu::CUresult as u32;
@@ -424,7 +431,7 @@ library! {
 
 library! {
     /// Matrix products.
-    CublasLt, Kind::CublasLt, cublaslt {
+    CublasLt, Kind::CublasLt, blas {
         fn cublasLtGetVersion() -> usize as usize;
         fn cublasLtCreate(*mut blas::cublasLtHandle_t) -> blas::cublasStatus_t as u32;
         fn cublasLtDestroy(blas::cublasLtHandle_t) -> blas::cublasStatus_t as u32;

@@ -11,6 +11,7 @@ pub mod driver;
 pub mod emulated;
 mod library;
 pub mod lora;
+pub mod measure;
 pub mod pages;
 pub mod probe;
 pub mod rope;

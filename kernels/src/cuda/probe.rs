@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use cudarc::driver::sys as cu;
 
+use super::context::CUDA_MIN;
 use super::library::{CublasLt, Cuda, Missing, Nvrtc, Places};
 
 /// What was found.
@@ -71,10 +72,38 @@ impl Probe {
     /// Whether there is a GPU and everything that it takes to use it.
     #[must_use]
     pub fn usable(&self) -> bool {
-        let devices = self.driver.as_ref().ok().and_then(|driver| driver.devices.as_ref().ok());
-        devices.is_some_and(|devices| devices.iter().any(|device| device.compute >= (7, 5)))
-            && self.nvrtc.is_ok()
-            && self.cublaslt.is_ok()
+        self.device(None).is_ok()
+    }
+
+    /// The GPU of that number, or the first that can be used, with its number.
+    ///
+    /// # Errors
+    /// What is missing, in words.
+    pub fn device(&self, number: Option<u32>) -> Result<(u32, &DeviceReport), String> {
+        let driver = self.driver.as_ref().map_err(|missing| format!("driver: {missing}"))?;
+        let devices = driver.devices.as_ref().map_err(|reason| format!("no GPU: {reason}"))?;
+        if driver.cuda < CUDA_MIN {
+            let ((major, minor), (least, least_minor)) = (driver.cuda, CUDA_MIN);
+            return Err(format!("the driver is for CUDA {major}.{minor}; {least}.{least_minor} or newer is needed"));
+        }
+        self.nvrtc.as_ref().map_err(|missing| format!("NVRTC: {missing}"))?;
+        self.cublaslt.as_ref().map_err(|missing| format!("cuBLASLt: {missing}"))?;
+        let mut numbered = (0..).zip(devices);
+        match number {
+            Some(number) => {
+                let found = numbered.find(|(at, _)| *at == number);
+                let found = found.ok_or_else(|| format!("there is no cuda:{number}, of {} GPUs", devices.len()))?;
+                found.1.unfit().map_or(Ok(found), |why| Err(format!("cuda:{number} {why}")))
+            }
+            None => {
+                let found = numbered.find(|(_, device)| device.unfit().is_none());
+                found.ok_or_else(|| {
+                    let why =
+                        (0..).zip(devices).filter_map(|(at, device)| Some(format!("cuda:{at} {}", device.unfit()?)));
+                    why.reduce(|all, next| format!("{all}; {next}")).unwrap_or_else(|| "the driver has no GPU".into())
+                })
+            }
+        }
     }
 
     /// Whether there is a sign of a GPU, so that what is missing is worth telling.
@@ -109,6 +138,17 @@ impl fmt::Display for Probe {
             }
         }
         Ok(())
+    }
+}
+
+impl DeviceReport {
+    /// Why it cannot be used.
+    fn unfit(&self) -> Option<String> {
+        let (major, minor) = self.compute;
+        if self.compute < (7, 5) {
+            return Some(format!("has compute capability {major}.{minor}; 7.5 or newer is needed"));
+        }
+        self.memory_free.is_none().then(|| "is in use by another process or broken".to_owned())
     }
 }
 

@@ -86,6 +86,8 @@ pub struct StepMemory<D: Device> {
     memory: Memory<D>,
     /// What was written last, as it lies on the device.
     host: Vec<u8>,
+    sequences: Vec<Sequence>,
+    row_sequence: Vec<u32>,
     view: Step,
 }
 
@@ -104,19 +106,21 @@ impl<D: Device> StepMemory<D> {
             rows * 4,
             rows * 4,
             rows * size_of::<Sequence>(),
-            limits.table_entries * 4,
             rows * size_of::<Segment>(),
+            // Last: of these there is room for far more than most steps have, and no more is copied than there are.
+            limits.table_entries * 4,
         ];
         let total: usize = sizes.iter().map(|size| size.next_multiple_of(ALIGNED)).sum();
         let memory = Memory::new(device, total)?;
         let mut offset = 0;
-        let [counts, tokens, positions, row_sequence, sequences, block_tables, segments] = sizes.map(|size| {
+        let [counts, tokens, positions, row_sequence, sequences, segments, block_tables] = sizes.map(|size| {
             let address = memory.address().plus(offset);
             offset += size.next_multiple_of(ALIGNED);
             address
         });
         let view = Step { counts, tokens, positions, row_sequence, sequences, block_tables, segments };
-        Ok(Self { limits, memory, host: vec![0; total], view })
+        let (host, sequences, row_sequence) = (vec![0; total], Vec::with_capacity(rows), Vec::with_capacity(rows));
+        Ok(Self { limits, memory, host, sequences, row_sequence, view })
     }
 
     /// What it has room for.
@@ -142,33 +146,28 @@ impl<D: Device> StepMemory<D> {
         let (rows, limits) = (step.tokens.len(), self.limits);
         assert!(rows <= limits.rows && segments.len() <= limits.rows, "{rows} rows, {} segments", segments.len());
         assert!(step.block_tables.len() <= limits.table_entries, "{} table entries", step.block_tables.len());
-        let sequences: Vec<Sequence> = step
-            .sequences
-            .iter()
-            .map(|s| Sequence {
-                row: s.row as u32,
-                rows: s.rows as u32,
-                table: s.table as u32,
-                blocks: s.blocks as u32,
-            })
-            .collect();
-        let row_sequence: Vec<u32> =
-            (0..).zip(&sequences).flat_map(|(number, s)| std::iter::repeat_n(number, s.rows as usize)).collect();
-        let counts =
-            Counts { rows: rows as u32, sequences: sequences.len() as u32, segments: segments.len() as u32, unused: 0 };
-        let view = self.view;
-        self.put(view.counts, bytemuck::bytes_of(&counts));
-        self.put(view.tokens, bytemuck::cast_slice(step.tokens));
-        self.put(view.positions, bytemuck::cast_slice(step.positions));
-        self.put(view.row_sequence, bytemuck::cast_slice(&row_sequence));
-        self.put(view.sequences, bytemuck::cast_slice(&sequences));
-        self.put(view.block_tables, bytemuck::cast_slice(step.block_tables));
-        self.put(view.segments, bytemuck::cast_slice(segments));
-        self.memory.write(0, &self.host)
-    }
-
-    fn put(&mut self, at: Address, bytes: &[u8]) {
-        let offset = (at.0 - self.memory.address().0) as usize;
-        self.host[offset..offset + bytes.len()].copy_from_slice(bytes);
+        self.sequences.clear();
+        self.row_sequence.clear();
+        for (number, s) in (0..).zip(step.sequences) {
+            let [row, rows, table, blocks] = [s.row, s.rows, s.table, s.blocks].map(|value| value as u32);
+            self.sequences.push(Sequence { row, rows, table, blocks });
+            self.row_sequence.extend(std::iter::repeat_n(number, s.rows));
+        }
+        let Self { host, view, memory, .. } = self;
+        let counts = [step.tokens.len(), self.sequences.len(), segments.len()].map(|count| count as u32);
+        let counts = Counts { rows: counts[0], sequences: counts[1], segments: counts[2], unused: 0 };
+        let mut put = |at: Address, bytes: &[u8]| {
+            let offset = (at.0 - memory.address().0) as usize;
+            host[offset..offset + bytes.len()].copy_from_slice(bytes);
+            offset + bytes.len()
+        };
+        put(view.counts, bytemuck::bytes_of(&counts));
+        put(view.tokens, bytemuck::cast_slice(step.tokens));
+        put(view.positions, bytemuck::cast_slice(step.positions));
+        put(view.row_sequence, bytemuck::cast_slice(&self.row_sequence));
+        put(view.sequences, bytemuck::cast_slice(&self.sequences));
+        put(view.segments, bytemuck::cast_slice(segments));
+        let end = put(view.block_tables, bytemuck::cast_slice(step.block_tables));
+        memory.write(0, &host[..end])
     }
 }

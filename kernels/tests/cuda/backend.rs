@@ -1,6 +1,6 @@
 //! The whole backend on the emulated device: what every backend must keep.
 
-use openlora_kernels::conformance::{self, Rounding};
+use openlora_kernels::conformance::{self, Rounding, operations};
 use openlora_kernels::cuda::Cuda;
 use openlora_kernels::cuda::device::Element;
 use openlora_kernels::cuda::emulated::Emulated;
@@ -26,9 +26,44 @@ fn rows_of_a_linear_do_not_depend_on_each_other() {
     sanitised(|| conformance::linear_rows_do_not_depend_on_each_other(&backend(Element::Bf16)));
 }
 
+const ELEMENTS: [(Element, Rounding); 3] =
+    [(Element::F32, Rounding::F32), (Element::F16, Rounding::Floats(11)), (Element::Bf16, Rounding::Floats(8))];
+
+fn poison(pool: &mut CudaPages<Emulated>) {
+    pool.poison().expect("a sound device");
+}
+
+#[test]
+fn row_operations_agree_with_the_reference() {
+    for (element, rounding) in ELEMENTS {
+        operations::row_operations_agree_with_reference(&backend(element), rounding);
+    }
+}
+
+#[test]
+fn attention_agrees_with_the_reference() {
+    for (element, rounding) in ELEMENTS {
+        operations::attention_agrees_with_reference(&|| backend(element), rounding, poison);
+    }
+}
+
+#[test]
+fn adapters_agree_with_the_reference_and_rows_with_themselves() {
+    for (element, rounding) in ELEMENTS {
+        operations::adapters_agree_with_reference(&backend(element), rounding, poison);
+        operations::adapted_rows_do_not_depend_on_each_other(&backend(element), poison);
+    }
+}
+
+#[test]
+fn samples_agree_with_the_reference() {
+    operations::samples_agree_with_reference(&backend(Element::F32));
+    operations::samples_agree_with_reference(&backend(Element::Bf16));
+}
+
 fn on_every_element(check: impl Fn(&Cuda<Emulated>, fn(&mut CudaPages<Emulated>))) {
     for element in [Element::F32, Element::Bf16, Element::F16] {
-        check(&backend(element), |pool| pool.poison().expect("a sound device"));
+        check(&backend(element), poison);
     }
 }
 

@@ -2,7 +2,7 @@
 //! `cargo nextest run -p openlora-kernels --test driver --run-ignored only on_a_gpu`, a process for each test.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use bytemuck::{NoUninit, Pod, Zeroable};
 use half::bf16;
@@ -114,6 +114,23 @@ fn streams_wait_for_each_other(driver: &Arc<Driver>) {
     }
 }
 
+fn time_passes_between_two_points(driver: &Arc<Driver>) {
+    let memory = Memory::holding(driver, &[0_u32; 256]).unwrap();
+    let first = driver.record_timed(Stream::Compute).unwrap();
+    add(driver, Stream::Compute, memory.address(), 256, 1).unwrap();
+    let second = driver.record_timed(Stream::Compute).unwrap();
+    add(driver, Stream::Compute, memory.address(), 256, 1).unwrap();
+    add(driver, Stream::Compute, memory.address(), 256, 1).unwrap();
+    let third = driver.record_timed(Stream::Compute).unwrap();
+    let [whole, one, two] =
+        [(&first, &third), (&first, &second), (&second, &third)].map(|(from, to)| driver.elapsed(from, to).unwrap());
+    assert!(one > 0.0 && two > 0.0 && (whole - one - two).abs() <= 0.01, "{one} and {two} make {whole} milliseconds");
+    // What orders streams keeps no time.
+    let untimed = driver.record(Stream::Compute).unwrap();
+    let error = text(driver.elapsed(&first, &untimed).unwrap_err());
+    assert!(error.ends_with("their time was not kept"), "{error}");
+}
+
 fn recorded_steps_are_replayed(driver: &Arc<Driver>) {
     let memory = Memory::holding(driver, &[0_u32; 300]).unwrap();
     let (x, w) = (Memory::holding(driver, &[1.0_f32, 2.0]).unwrap(), Memory::holding(driver, &[3.0_f32, 4.0]).unwrap());
@@ -160,6 +177,41 @@ fn recorded_steps_are_replayed(driver: &Arc<Driver>) {
         assert_eq!((found[0], found[1], found[299]), (7, 2 * round, 2 * round));
         assert_eq!(out.read::<f32>(0, 1).unwrap(), [11.0]);
     }
+}
+
+fn what_other_threads_do_is_no_part_of_a_recording(driver: &Arc<Driver>) {
+    let memory = Memory::holding(driver, &[0_u32]).unwrap();
+    let other = Memory::holding(driver, &[0_u32]).unwrap();
+    let (begun, begins) = mpsc::channel();
+    let graph = std::thread::scope(|scope| {
+        let mut theirs = None;
+        let graph = driver.capture(&mut || {
+            let (begun, other) = (begun.clone(), &other);
+            theirs = Some(scope.spawn(move || {
+                begun.send(()).unwrap();
+                // As when an adapter is dropped, another is loaded and a third thread computes.
+                let event = driver.record(Stream::Compute).unwrap();
+                driver.wait(Stream::Copy, &event).unwrap();
+                write(driver, Stream::Copy, other.address(), &[5_u32]).unwrap();
+                driver.wait(Stream::Compute, &driver.record(Stream::Copy).unwrap()).unwrap();
+                add(driver, Stream::Compute, other.address(), 1, 1).unwrap();
+                driver.synchronise().unwrap();
+                read::<u32>(driver, Stream::Compute, other.address(), 1).unwrap()
+            }));
+            begins.recv().unwrap();
+            for _ in 0..100 {
+                add(driver, Stream::Compute, memory.address(), 1, 1)?;
+            }
+            assert!(!theirs.as_ref().unwrap().is_finished(), "they wait for their turn");
+            Ok(())
+        });
+        assert_eq!(theirs.unwrap().join().unwrap(), [6]);
+        graph.unwrap()
+    });
+    assert_eq!(memory.read::<u32>(0, 1).unwrap(), [0]);
+    // SAFETY: the memory outlives the graph.
+    unsafe { driver.replay(&graph).unwrap() };
+    assert_eq!((memory.read::<u32>(0, 1).unwrap(), other.read::<u32>(0, 1).unwrap()), (vec![100], vec![6]));
 }
 
 fn a_recording_that_fails_leaves_nothing(driver: &Arc<Driver>) {
@@ -289,7 +341,9 @@ mod with_a_stand_in {
         bytes_come_back;
         kernels_run_in_order;
         streams_wait_for_each_other;
+        time_passes_between_two_points;
         recorded_steps_are_replayed;
+        what_other_threads_do_is_no_part_of_a_recording;
         a_recording_that_fails_leaves_nothing;
         products_are_right;
     }
@@ -317,7 +371,9 @@ mod on_a_gpu {
         bytes_come_back;
         kernels_run_in_order;
         streams_wait_for_each_other;
+        time_passes_between_two_points;
         recorded_steps_are_replayed;
+        what_other_threads_do_is_no_part_of_a_recording;
         a_recording_that_fails_leaves_nothing;
         products_are_right;
     }

@@ -27,6 +27,7 @@ struct Stream;
 struct Event {
   Stream* stream = nullptr;  // of the last record
   size_t position = 0;
+  bool timed = false;
 };
 struct Graph {
   std::vector<std::function<void()>> work;
@@ -238,8 +239,9 @@ API u32 cuGraphDestroy(Graph* graph) { ENTER(); live["graphs"]--; delete graph; 
 
 API u32 cuEventCreate(Event** event, u32 flags) {
   ENTER();
-  if (flags != 2) return INVALID_VALUE;
+  if (flags != 2 && flags != 0) return INVALID_VALUE;
   *event = new Event;
+  (*event)->timed = flags == 0;
   live["events"]++;
   return OK;
 }
@@ -252,6 +254,14 @@ API u32 cuEventRecord(Event* event, Stream* stream) {
 API u32 cuEventSynchronize(Event* event) {
   ENTER();
   if (event->stream) run(event->stream, event->position);
+  return OK;
+}
+// A millisecond for each piece of work between them.
+API u32 cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
+  ENTER();
+  if (!from->timed || !to->timed || !from->stream || from->stream != to->stream) return INVALID_HANDLE;
+  if (to->position > to->stream->done) return 600;
+  *milliseconds = static_cast<float>(to->position) - static_cast<float>(from->position);
   return OK;
 }
 API u32 cuEventDestroy_v2(Event* event) { ENTER(); live["events"]--; delete event; return OK; }

@@ -3,7 +3,7 @@
 use openlora_kernels::Precision;
 use openlora_types::Token;
 
-use crate::support::{Adapter, Case, Host, Rows, blocks_for, folders, real_model};
+use crate::support::{Adapter, Host, Rows, blocks_for, folders, load_adapter, open, read_cases, real_model};
 
 /// What one request of the batch is: a prompt under an adapter or under none.
 struct Request {
@@ -14,13 +14,13 @@ struct Request {
 fn adapters(host: &Host) -> Vec<Adapter> {
     let roots = ["golden/adapters", "golden/trained", "adapters"];
     let paths = roots.iter().flat_map(|root| folders(root).into_iter().map(move |name| format!("{root}/{name}")));
-    paths.map(|path| host.adapter(&path)).collect()
+    paths.map(|path| load_adapter(host, &path)).collect()
 }
 
 /// One request per adapter and two for the base, of odd lengths, so that no segment starts on a tile's border.
 fn requests(adapters: usize) -> Vec<Request> {
     let prompts: Vec<Vec<Token>> =
-        <Case>::read("golden/base.json", None).into_iter().map(|case| case.expected.prompt_ids).collect();
+        read_cases::<Adapter>("golden/base.json", None).into_iter().map(|case| case.expected.prompt_ids).collect();
     let kinds = (0..adapters).map(Some).chain([None, None]);
     let of_kind = |(i, adapter): (usize, Option<usize>)| {
         let prompt = &prompts[i % prompts.len()];
@@ -60,7 +60,7 @@ fn together(host: &mut Host, requests: &[Request], adapters: &[Adapter], order: 
 }
 
 fn check_mixed_batch(precision: Precision) {
-    let mut host = Host::open(&real_model(), precision);
+    let mut host = open(&real_model(), precision);
     let adapters = adapters(&host);
     assert!(adapters.len() >= 10);
     let requests = requests(adapters.len());
@@ -102,9 +102,9 @@ fn a_mixed_quantised_batch_gives_each_request_what_it_gets_alone() {
 }
 
 fn check_chunks(precision: Precision) {
-    let mut host = Host::open(&real_model(), precision);
-    let adapter = host.adapter("golden/adapters/qv-r8");
-    let prompt = <Case>::read("golden/base.json", None).swap_remove(0).expected.prompt_ids;
+    let mut host = open(&real_model(), precision);
+    let adapter = load_adapter(&host, "golden/adapters/qv-r8");
+    let prompt = read_cases::<Adapter>("golden/base.json", None).swap_remove(0).expected.prompt_ids;
     let whole = bits(&host.prompt(&prompt, Some(&adapter)));
     let (blocks, other) = (blocks_for(prompt.len(), 40), blocks_for(64, 60));
     for chunk in [1, 7, 16] {
@@ -128,9 +128,9 @@ fn a_prompt_in_chunks_gives_what_it_gives_whole() {
 #[test]
 fn rows_that_nobody_wants_end_early_and_change_no_bit_of_the_others() {
     for precision in [Precision::F32, Precision::Quantised] {
-        let mut host = Host::open(&real_model(), precision);
-        let adapter = host.adapter("golden/adapters/qv-r8");
-        let prompt = <Case>::read("golden/base.json", None).swap_remove(0).expected.prompt_ids;
+        let mut host = open(&real_model(), precision);
+        let adapter = load_adapter(&host, "golden/adapters/qv-r8");
+        let prompt = read_cases::<Adapter>("golden/base.json", None).swap_remove(0).expected.prompt_ids;
         let (blocks, other) = (blocks_for(prompt.len(), 40), blocks_for(prompt.len(), 60));
         let sequences = [
             Rows { tokens: &prompt, start: 0, blocks: &blocks, adapter: Some(&adapter) },

@@ -8,22 +8,23 @@ use openlora_kernels::Backend;
 use openlora_kernels::cuda::Cuda;
 use openlora_kernels::cuda::device::Element;
 use openlora_kernels::cuda::emulated::Emulated;
+use openlora_model::conformance::replayed_passes_have_the_bits_of_run_ones;
 
-use crate::support::{Case, Host, Rows, blocks_for, fixture, folders};
+use crate::support::{Host, Rows, blocks_for, fixture, folders, load_adapter, open_on, read_cases};
 
 type Adapter = <Cuda<Emulated> as Backend>::Adapter;
 
 fn open(model: &Path, element: Element) -> Host<Cuda<Emulated>> {
     let device = Emulated::new(7).expect("the emulated device");
     let backend = Arc::new(Cuda::new(device, element).expect("memory"));
-    Host::on(backend, model, |pages| pages.poison().expect("a sound device"))
+    open_on(backend, model, |pages| pages.poison().expect("a sound device"))
 }
 
 #[test]
 fn every_family_answers_as_transformers_does() {
     for name in folders("models") {
         let mut host = open(&fixture(&format!("models/{name}")), Element::F32);
-        host.check(&Case::read(&format!("models/{name}/expected.json"), None));
+        host.check(&read_cases(&format!("models/{name}/expected.json"), None));
         assert!(host.model.backend().recorded() > 0, "{name}: no step was recorded");
     }
 }
@@ -34,49 +35,60 @@ fn adapters_on_every_family_answer_as_peft_does() {
         let mut host = open(&fixture(&format!("models/{base}")), Element::F32);
         let root = format!("adapters-tiny/{base}");
         let names: Vec<String> = folders(&root).iter().map(|name| format!("{root}/{name}")).collect();
-        let adapters: Vec<Adapter> = names.iter().map(|folder| host.adapter(folder)).collect();
+        let adapters: Vec<Adapter> = names.iter().map(|folder| load_adapter(&host, folder)).collect();
         let cases = names.iter().zip(&adapters);
         let cases: Vec<_> =
-            cases.flat_map(|(folder, adapter)| Case::read(&format!("{folder}/expected.json"), Some(adapter))).collect();
+            cases.flat_map(|(folder, adapter)| read_cases(&format!("{folder}/expected.json"), Some(adapter))).collect();
         host.check(&cases);
         assert!(host.model.backend().recorded() > 0, "{base}: no step was recorded");
     }
 }
 
-/// A pass of which one row less is wanted is not recorded, and has the same rows.
 #[test]
 fn a_replayed_pass_has_the_bits_of_an_eager_one_whatever_adapters_are_in_it() {
     for element in [Element::F32, Element::Bf16, Element::F16] {
         let mut host = open(&fixture("models/llama3"), element);
-        let adapters = ["all-linear", "embed-head"].map(|name| host.adapter(&format!("adapters-tiny/llama3/{name}")));
-        let prompts: [&[u32]; 4] = [&[1, 2, 3, 4, 5], &[9], &[7; 20], &[30, 29, 28]];
-        let tables: Vec<Vec<u32>> = (0..4).map(|i| blocks_for(32, i * 2)).collect();
-        let [all_linear, embed_head] = &adapters;
-        let mixes: [[Option<&Adapter>; 4]; 4] = [
-            [None; 4],
-            [Some(all_linear), Some(all_linear), None, Some(embed_head)],
-            [Some(all_linear); 4],
-            [None, None, Some(embed_head), Some(all_linear)],
-        ];
-        for (round, mix) in mixes.iter().enumerate() {
-            host.forget();
-            let rows = |i: usize| Rows { tokens: prompts[i], start: 0, blocks: &tables[i], adapter: mix[i] };
-            host.step(&[rows(0), rows(1), rows(2), rows(3)]);
-            for count in [4, 3] {
-                let next: Vec<_> = (0..count)
-                    .map(|i| Rows { tokens: &[11], start: prompts[i].len(), blocks: &tables[i], adapter: mix[i] })
-                    .collect();
-                let wanted: Vec<u32> = (0..count as u32 - 1).collect();
-                let eager = host.step_wanted(&next, &wanted);
-                let before = host.model.backend().recorded();
-                let replayed: Vec<f32> = host.step(&next).into_iter().take(wanted.len()).flatten().collect();
-                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-                assert!(eager.iter().all(|logit| logit.is_finite()), "{element:?}, round {round}");
-                assert_eq!(bits(&replayed), bits(&eager), "{element:?}, round {round}, {count} rows");
-                // One recording without adapters and one with any, for all counts and mixes.
-                let recorded = host.model.backend().recorded();
-                assert!(recorded <= 2 && recorded >= before, "{element:?}, round {round}: {recorded} recordings");
-            }
-        }
+        let adapters =
+            ["all-linear", "embed-head"].map(|name| load_adapter(&host, &format!("adapters-tiny/llama3/{name}")));
+        replayed_passes_have_the_bits_of_run_ones(&mut host, &adapters);
+        // One recording without adapters and one with any, for all counts and mixes.
+        assert_eq!(host.model.backend().recorded(), 2, "{element:?}");
+    }
+}
+
+/// Decode steps of several sizes with steps of other kinds between them: the logits' bits, all of finite numbers.
+fn mixed_steps(host: &mut Host<Cuda<Emulated>>) -> Vec<u32> {
+    let [all_linear, embed_head] =
+        ["all-linear", "embed-head"].map(|name| load_adapter(host, &format!("adapters-tiny/llama3/{name}")));
+    let adapters = [Some(&all_linear), None, None, Some(&embed_head)];
+    let prompts: [&[u32]; 4] = [&[1, 2, 3, 4, 5], &[9], &[7; 20], &[30, 29, 28]];
+    let tables: Vec<Vec<u32>> = (0..4).map(|i| blocks_for(32, i * 2)).collect();
+    let prompt = |i: usize| Rows { tokens: prompts[i], start: 0, blocks: &tables[i], adapter: adapters[i] };
+    let next = |i: usize, step: usize| {
+        let start = prompts[i].len() + step;
+        Rows { tokens: &[11], start, blocks: &tables[i], adapter: adapters[i] }
+    };
+    host.forget();
+    let mut logits = host.step(&[prompt(0), prompt(1), prompt(2), prompt(3)]);
+    logits.extend(host.step(&[next(0, 0), next(1, 0), next(2, 0), next(3, 0)]));
+    // Fewer rows are wanted than the replayed pass after it has.
+    logits.push(host.step_wanted(&[prompt(2)], &[19]));
+    logits.extend(host.step(&[next(0, 1), next(1, 1), next(2, 0)]));
+    logits.extend(host.step(&[next(1, 2)]));
+    logits.extend(host.step(&[next(1, 3), next(2, 1)]));
+    let logits = logits.concat();
+    assert!(logits.iter().all(|logit| logit.is_finite()));
+    logits.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn passes_recorded_before_they_are_needed_give_the_same_bits_and_no_other_is_recorded() {
+    for element in [Element::F32, Element::Bf16] {
+        let [mut lazy, mut ready] = [(); 2].map(|()| open(&fixture("models/llama3"), element));
+        // Of one, two and four rows, without adapters and with.
+        assert_eq!(ready.get_ready(3), 6);
+        assert_eq!(ready.model.backend().recorded(), 6, "{element:?}");
+        assert_eq!(mixed_steps(&mut ready), mixed_steps(&mut lazy), "{element:?}");
+        assert_eq!(ready.model.backend().recorded(), 6, "{element:?}");
     }
 }

@@ -2,10 +2,10 @@
 
 use openlora_kernels::Precision;
 
-use crate::support::{Adapter, Case, Host, fixture, folders};
+use crate::support::{Adapter, Case, fixture, folders, load_adapter, open, read_cases};
 
 fn check(model: &str, answers: &str) {
-    Host::open(&fixture(model), Precision::F32).check(&Case::read(answers, None));
+    open(&fixture(model), Precision::F32).check(&read_cases(answers, None));
 }
 
 #[test]
@@ -47,13 +47,13 @@ fn adapters_on_every_family_answer_as_peft_does() {
         assert!(bases.iter().any(|found| found == base), "fixtures/adapters-tiny/{base} is missing");
     }
     for base in bases {
-        let mut host = Host::open(&fixture(&format!("models/{base}")), Precision::F32);
+        let mut host = open(&fixture(&format!("models/{base}")), Precision::F32);
         let root = format!("adapters-tiny/{base}");
         let names: Vec<String> = folders(&root).iter().map(|name| format!("{root}/{name}")).collect();
-        let adapters: Vec<Adapter> = names.iter().map(|folder| host.adapter(folder)).collect();
+        let adapters: Vec<Adapter> = names.iter().map(|folder| load_adapter(&host, folder)).collect();
         let cases = names.iter().zip(&adapters);
         let cases: Vec<Case<'_>> =
-            cases.flat_map(|(folder, adapter)| Case::read(&format!("{folder}/expected.json"), Some(adapter))).collect();
+            cases.flat_map(|(folder, adapter)| read_cases(&format!("{folder}/expected.json"), Some(adapter))).collect();
         host.check(&cases);
     }
 }

@@ -2,21 +2,21 @@
 
 use openlora_kernels::Precision;
 
-use crate::support::{Adapter, Case, Host, folders, real_model};
+use crate::support::{Adapter, Case, folders, load_adapter, open, read_cases, real_model};
 
 #[test]
 fn the_base_model_answers_as_transformers_does() {
-    let cases = Case::read("golden/base.json", None);
+    let cases = read_cases("golden/base.json", None);
     assert_eq!(cases.len(), 6);
-    Host::open(&real_model(), Precision::F32).check(&cases);
+    open(&real_model(), Precision::F32).check(&cases);
 }
 
 /// Checks adapters given as `(folder, answers)`.
 fn check_adapters(names: &[(String, String)]) {
-    let mut host = Host::open(&real_model(), Precision::F32);
-    let adapters: Vec<Adapter> = names.iter().map(|(folder, _)| host.adapter(folder)).collect();
+    let mut host = open(&real_model(), Precision::F32);
+    let adapters: Vec<Adapter> = names.iter().map(|(folder, _)| load_adapter(&host, folder)).collect();
     let cases: Vec<Case<'_>> =
-        names.iter().zip(&adapters).flat_map(|((_, answers), adapter)| Case::read(answers, Some(adapter))).collect();
+        names.iter().zip(&adapters).flat_map(|((_, answers), adapter)| read_cases(answers, Some(adapter))).collect();
     host.check(&cases);
 }
 

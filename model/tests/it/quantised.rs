@@ -4,7 +4,9 @@ use openlora_kernels::Precision;
 use openlora_types::Token;
 use serde::Deserialize;
 
-use crate::support::{Adapter, Case, Host, best, fixture, folders, log_softmax, read_json, real_model};
+use crate::support::{
+    Adapter, Case, Host, best, fixture, folders, load_adapter, log_softmax, open, read_cases, read_json, real_model,
+};
 
 /// Distances between two modes over rows of logits.
 #[derive(Default)]
@@ -27,14 +29,13 @@ impl Distance {
 /// most probable token.
 #[test]
 fn quantised_distributions_stay_close_to_f32() {
-    let (mut exact, mut quantised) =
-        (Host::open(&real_model(), Precision::F32), Host::open(&real_model(), Precision::Quantised));
+    let (mut exact, mut quantised) = (open(&real_model(), Precision::F32), open(&real_model(), Precision::Quantised));
     let mut distance = Distance::default();
-    compare(&mut exact, &mut quantised, None, &Case::read("golden/base.json", None), &mut distance);
+    compare(&mut exact, &mut quantised, None, &read_cases("golden/base.json", None), &mut distance);
     for name in folders("golden/trained") {
         let folder = format!("golden/trained/{name}");
-        let adapters = (exact.adapter(&folder), quantised.adapter(&folder));
-        let cases = Case::read(&format!("{folder}.expected.json"), None);
+        let adapters = (load_adapter(&exact, &folder), load_adapter(&quantised, &folder));
+        let cases = read_cases(&format!("{folder}.expected.json"), None);
         compare(&mut exact, &mut quantised, Some((&adapters.0, &adapters.1)), &cases, &mut distance);
     }
     let (mean, agreement) = (distance.divergence / distance.rows as f64, distance.same as f64 / distance.rows as f64);
@@ -72,7 +73,7 @@ fn quantised_perplexity_is_within_one_percent_of_f32() {
         perplexity: f64,
     }
     let recorded: Perplexity = read_json(&fixture("golden/perplexity.json"));
-    let mut host = Host::open(&real_model(), Precision::Quantised);
+    let mut host = open(&real_model(), Precision::Quantised);
     let vocab = host.model.shape().vocab;
     let (mut total, mut scored) = (0.0, 0);
     for (chunk, nll) in recorded.chunks.iter().zip(&recorded.nll_sum) {

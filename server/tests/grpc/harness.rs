@@ -8,8 +8,11 @@ use std::time::Duration;
 
 use openlora_adapters::{AdapterStore, StoreConfig};
 use openlora_engine::{Engine, EngineConfig, EngineHandle};
-use openlora_kernels::Precision;
 use openlora_kernels::cpu::{Cpu, Isa};
+use openlora_kernels::cuda::Cuda;
+use openlora_kernels::cuda::device::Element;
+use openlora_kernels::cuda::emulated::Emulated;
+use openlora_kernels::{Backend, Precision};
 use openlora_model::text::{ChatOptions, ChatTemplate};
 use openlora_model::{LoadOptions, Model, ModelFiles};
 use openlora_proto::v1 as wire;
@@ -51,6 +54,8 @@ pub(crate) struct Setup {
     pub(crate) limits: Limits,
     pub(crate) with_keys: bool,
     pub(crate) with_tls: bool,
+    /// Serves in place of the CPU.
+    pub(crate) device: Option<Arc<Emulated>>,
 }
 
 /// A server, its rooms and its keys. Dropping it leaves it to the runtime; [`TestServer::stop`] waits.
@@ -94,6 +99,7 @@ impl TestServer {
             limits: Limits { stream_events_max: 20_000, ..Limits::default() },
             with_keys: true,
             with_tls: false,
+            device: None,
         };
         change(&mut setup);
         let path = folder.path().join("keys.json");
@@ -269,17 +275,31 @@ fn long_model(folder: &Path) -> PathBuf {
     to
 }
 
+fn engine<B: Backend>(
+    backend: B,
+    files: &Arc<ModelFiles>,
+    options: &LoadOptions,
+    config: &EngineConfig,
+) -> EngineHandle {
+    let model = Model::load(Arc::new(backend), Arc::clone(files), options, &mut |_, _| {}).expect("model");
+    Engine::start(Arc::new(model), config.clone()).expect("engine")
+}
+
 fn app(folder: &Path, setup: &Setup) -> App {
     let files = Arc::new(ModelFiles::open(&long_model(folder), &setup.limits).expect("model files"));
-    let backend = Arc::new(Cpu::new(1, Precision::F32, Isa::detect()).expect("backend"));
     let options = LoadOptions {
         max_rows: setup.engine.max_num_batched_tokens,
         max_logit_rows: setup.engine.max_num_seqs,
         max_position: CONTEXT,
         block_size: 16,
     };
-    let model = Model::load(backend, Arc::clone(&files), &options, &mut |_, _| {}).expect("model");
-    let engine = Engine::start(Arc::new(model), setup.engine.clone()).expect("engine");
+    let engine = match &setup.device {
+        None => engine(Cpu::new(1, Precision::F32, Isa::detect()).expect("backend"), &files, &options, &setup.engine),
+        Some(device) => {
+            let backend = Cuda::new(Arc::clone(device), Element::F32).expect("backend");
+            engine(backend, &files, &options, &setup.engine)
+        }
+    };
     let config = StoreConfig {
         data_dir: folder.join("data"),
         allowed_roots: vec![fixture("adapters-tiny")],

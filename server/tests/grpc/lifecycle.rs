@@ -1,7 +1,9 @@
 //! From open doors to closed ones: draining, the grace, a dead engine, TLS.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use openlora_kernels::cuda::emulated::{Emulated, Fault};
 use openlora_proto::v1 as wire;
 use openlora_proto::v1::inference_client::InferenceClient;
 use openlora_server::keys::Role;
@@ -102,11 +104,24 @@ async fn what_outlives_the_grace_is_ended_with_unavailable() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_whose_engine_died_never_says_that_it_is_well() {
     let server = TestServer::start().await;
+    let engine = server.engine.clone();
+    never_well_after(server, move || engine.shutdown()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_whose_device_was_lost_never_says_that_it_is_well() {
+    let device = Emulated::new(3).expect("the emulated device");
+    let serving = Arc::clone(&device);
+    let server = TestServer::start_with(|setup| setup.device = Some(serving)).await;
+    never_well_after(server, move || device.break_after(30, Fault::Lost)).await;
+}
+
+/// The engine dies of `death` while a request runs.
+async fn never_well_after(server: TestServer, death: impl FnOnce() + Send + 'static) {
     let mut client = server.inference(Role::App).await;
     let mut running = client.generate_stream(long_request()).await.expect("started").into_inner();
     running.next().await.expect("a message").expect("a token");
-    let engine = server.engine.clone();
-    tokio::task::spawn_blocking(move || engine.shutdown()).await.expect("ended");
+    tokio::task::spawn_blocking(death).await.expect("ended");
     let status = loop {
         match running.next().await.expect("an end") {
             Ok(_) => {}
