@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every test: what CI runs. `./test.sh quick` leaves out formatting, lints and the slow end-to-end tests.
+# Runs every test: what CI runs. `./test.sh quick` leaves out formatting, lints, the contracts, the CUDA kernels and
+# the slow end-to-end tests.
 # Installs what is missing first (compilers, Rust, the model, NVRTC, anvil) and says so.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -35,7 +36,8 @@ cargo build --workspace --all-targets --locked
 
 step "tests"
 selection=()
-$quick && selection=(-E 'not (binary(/^e2e/) or test(/slow_/))')
+# The CUDA kernels on the host, and their compilation for every GPU, take minutes.
+$quick && selection=(-E 'not (binary(/^(e2e|cuda|nvrtc)$/) or test(/slow_|^cuda::/))')
 if cargo nextest --version >/dev/null 2>&1; then
   cargo nextest run --workspace --locked --no-fail-fast "${selection[@]}"
 elif $quick; then

@@ -14,6 +14,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("database", &["types"]),
     ("adapters", &["types", "database"]),
     ("ledger", &["types", "database"]),
+    ("settlement", &["types", "database", "ledger"]),
     ("model", &["types", "kernels"]),
     ("engine", &["types", "kernels", "scheduler", "adapters", "model"]),
     ("server", &["types", "proto", "engine", "model", "adapters"]),
