@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test: what CI runs. `./test.sh quick` leaves out formatting, lints, the contracts, the CUDA kernels and
 # the slow end-to-end tests.
-# Installs what is missing first (compilers, Rust, the model, NVRTC, anvil) and says so.
+# Installs what is missing first (compilers, Rust, node, the model, NVRTC, anvil) and says so.
 set -euo pipefail
 cd "$(dirname "$0")"
 
