@@ -23,6 +23,8 @@ pub(crate) struct Config {
     pub(crate) engine: Engine,
     pub(crate) adapters: Adapters,
     pub(crate) server: Server,
+    pub(crate) ledger: Ledger,
+    pub(crate) settlement: Settlement,
     pub(crate) limits: Limits,
 }
 
@@ -124,6 +126,31 @@ pub(crate) struct Adapters {
     pub(crate) allowed_roots: Vec<PathBuf>,
     pub(crate) host_cache_bytes: u64,
     pub(crate) probe: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Ledger {
+    pub(crate) database_url: String,
+    pub(crate) asset: String,
+    /// Where the database is when `database_url` is empty.
+    #[serde(skip)]
+    pub(crate) default_file: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Settlement {
+    pub(crate) rpc_url: String,
+    pub(crate) chain_id: u64,
+    pub(crate) contract: String,
+    pub(crate) keystore: PathBuf,
+    pub(crate) password_file: PathBuf,
+    pub(crate) bundles_dir: PathBuf,
+    pub(crate) database_url: String,
+    /// Where the database is when `database_url` is empty.
+    #[serde(skip)]
+    pub(crate) default_file: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -269,6 +296,9 @@ fn check(values: &BTreeMap<String, (Value, Origin)>, home: &Path) -> Result<Conf
     or_home(&mut config.model.path, "models/SmolLM2-135M-Instruct.Q4_1.gguf");
     or_home(&mut config.adapters.data_dir, "adapters");
     or_home(&mut config.server.keys_file, "keys.json");
+    or_home(&mut config.settlement.bundles_dir, "bundles");
+    config.ledger.default_file = home.join("ledger.db");
+    config.settlement.default_file = home.join("settlement.db");
     if config.engine.threads == 0 {
         config.engine.threads = std::thread::available_parallelism().map_or(1, usize::from);
     }

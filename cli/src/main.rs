@@ -5,6 +5,7 @@
 
 mod adapter;
 mod bench;
+mod chain;
 mod check;
 mod client;
 mod config;
@@ -15,8 +16,10 @@ mod gpu;
 mod gpu_bench;
 mod gpu_check;
 mod key;
+mod ledger;
 mod model;
 mod serve;
+mod settle;
 mod show;
 
 use std::path::PathBuf;
@@ -64,6 +67,15 @@ enum Command {
     /// Make and list API keys
     #[command(subcommand)]
     Key(key::KeyCommand),
+    /// What applications prepaid, what requests cost, what is owed to whom
+    #[command(subcommand)]
+    Ledger(ledger::LedgerCommand),
+    /// Bring epochs of the ledger to the chain, and to those they pay
+    #[command(subcommand)]
+    Settle(settle::SettleCommand),
+    /// Deploy the contracts; a local chain to try them on
+    #[command(subcommand)]
+    Chain(chain::ChainCommand),
     /// Measure prefill and decode beside this machine's ceilings
     Bench(bench::BenchArgs),
     /// Check a GPU's answers: kernels, whole models, adapters that come and go
@@ -107,6 +119,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Adapter(command) => adapter::run(global, &command),
         Command::Model(command) => model::run(global, &command),
         Command::Key(command) => key::run(global, &command),
+        Command::Ledger(command) => ledger::run(global, &command),
+        Command::Settle(command) => settle::run(global, &command),
+        Command::Chain(command) => chain::run(global, &command),
         Command::Bench(args) => bench::run(global, &args),
         Command::GpuCheck(args) => gpu_check::run(global, &args),
         Command::Doctor(args) => doctor::run(global, &args),

@@ -304,6 +304,15 @@ impl Contract {
         Ok(Some(self.intent(&format!("propose {epoch} {root}"), &call, state.bond, GAS_MAX, None)))
     }
 
+    /// What is to be sent so that the contract gets tokens of the sender's; `key` names it among others.
+    #[must_use]
+    pub fn fund(&self, amount: u128, key: &str) -> Intent {
+        let call = OpenToken::transferCall { to: self.settles.settlement, value: U256::from(amount) };
+        let mut intent = self.intent(&format!("fund {key}"), &call, U256::ZERO, GAS_MAX, None);
+        intent.content.to = Some(self.settles.token);
+        intent
+    }
+
     /// What is to be sent to finalize an epoch; nothing where it is final already.
     ///
     /// # Errors

@@ -269,6 +269,14 @@ pub enum SettlementError {
         /// Why.
         reason: String,
     },
+    /// A local chain that does not start.
+    #[error("{program} does not start: {reason}; scripts/fetch-anvil.sh fetches it")]
+    NoAnvil {
+        /// The program.
+        program: String,
+        /// Why.
+        reason: String,
+    },
     /// Another process sends for the account now.
     #[error("another process sends for {account} now")]
     LeaseLost {

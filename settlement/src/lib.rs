@@ -8,6 +8,7 @@ pub mod bundle;
 pub mod chain;
 pub mod contracts;
 pub mod deploy;
+pub mod dev;
 pub mod epochs;
 mod error;
 pub mod fees;

@@ -9,7 +9,8 @@
 //! The same as `contracts/src/libraries/IndexedMerkle.sol`; docs/contracts.md has the format, and
 //! `contracts/test/vectors/merkle.json` trees of a third implementation that both are tested against.
 
-use alloy::primitives::{Address, B256, U256, b256, keccak256};
+pub use alloy::primitives::Address;
+use alloy::primitives::{B256, U256, b256, keccak256};
 use alloy::sol_types::SolValue;
 
 use crate::error::SettlementError;

@@ -3,4 +3,5 @@
 mod answers;
 mod commands;
 mod lifecycle;
+mod settlement;
 mod support;

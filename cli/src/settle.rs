@@ -1,0 +1,449 @@
+//! `openlora settle`: epochs from the ledger to the chain and to the accounts they pay.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
+use openlora_ledger::{Ledger, LedgerError};
+use openlora_settlement::bundle::Bundle;
+use openlora_settlement::chain::At;
+use openlora_settlement::epochs::{CLAIMS_MAX, Contract, Standing, State, bundle_of};
+use openlora_settlement::outbox::{Intent, Status};
+use openlora_settlement::sender::Sender;
+use openlora_settlement::tree::Address;
+use openlora_settlement::watch::{Verdict, judge};
+use serde_json::json;
+
+use crate::config::Config;
+use crate::{Global, block_on, chain, ledger, load_config};
+
+/// Bytes of a bundle that are read at most.
+const BUNDLE_BYTES_MAX: u64 = 4 << 30;
+
+#[derive(Subcommand)]
+pub(crate) enum SettleCommand {
+    /// Close the ledger's rows since the last epoch and publish its bundle
+    #[command(after_help = "Example:\n  openlora settle seal")]
+    Seal,
+    /// Send the contract tokens of the key's account, to be paid out
+    #[command(after_help = "Example:\n  openlora settle fund 5000000000000000000 --key june")]
+    Fund {
+        /// In the token's smallest unit
+        amount: u128,
+        /// Names this transfer: the same key twice is one transfer
+        #[arg(long)]
+        key: String,
+    },
+    /// Propose the next epoch's root on the chain
+    #[command(after_help = "Example:\n  openlora settle propose")]
+    Propose,
+    /// Make the proposed root payable once its window is over
+    #[command(after_help = "Example:\n  openlora settle finalize --wait")]
+    Finalize {
+        /// Wait for the end of the window
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Where the epochs are, in the ledger and on the chain
+    #[command(after_help = "Example:\n  openlora settle status")]
+    Status,
+    /// An account's proof, as the contract takes it
+    #[command(after_help = "Example:\n  openlora settle proof 0x70997970C51812dc3A010C7d01b50e0d17dc79C8")]
+    Proof {
+        /// Whose
+        account: Address,
+        /// Of which epoch; the last finalized one when left out
+        #[arg(long)]
+        epoch: Option<u64>,
+    },
+    /// Have accounts paid what they have earned; anyone may do that for anyone
+    #[command(after_help = "Examples:
+  openlora settle claim 0x70997970C51812dc3A010C7d01b50e0d17dc79C8
+  openlora settle claim --all")]
+    Claim {
+        /// Which accounts
+        #[arg(required_unless_present = "all")]
+        accounts: Vec<Address>,
+        /// Every account of the last finalized epoch
+        #[arg(long, conflicts_with = "accounts")]
+        all: bool,
+    },
+    /// Derive every proposed root again and challenge a wrong one
+    #[command(after_help = "Example:\n  openlora settle watch --challenge")]
+    Watch {
+        /// Send the challenge, with its bond; without it a wrong root is only reported
+        #[arg(long)]
+        challenge: bool,
+        /// Look once and leave: exit status 1 where a wrong root is proposed
+        #[arg(long)]
+        once: bool,
+    },
+    /// Recompute a published bundle, and compare it with the chain; needs no ledger
+    #[command(after_help = "Example:\n  openlora settle verify bundles/epoch-7.json --rpc https://mainnet.base.org")]
+    Verify {
+        /// The file
+        bundle: PathBuf,
+        /// The file of the epoch before, to see that it goes on from there
+        #[arg(long, value_name = "BUNDLE")]
+        previous: Option<PathBuf>,
+        /// A node of the bundle's chain
+        #[arg(long, value_name = "URL")]
+        rpc: Option<String>,
+    },
+}
+
+pub(crate) fn run(global: &Global, command: &SettleCommand) -> Result<ExitCode> {
+    let config = load_config(global, &[])?.config;
+    let say = Say { json: global.json };
+    block_on(async {
+        match command {
+            SettleCommand::Seal => seal(&config, &say).await,
+            SettleCommand::Fund { amount, key } => fund(&config, &say, *amount, key).await,
+            SettleCommand::Propose => propose(&config, &say).await,
+            SettleCommand::Finalize { wait } => finalize(&config, &say, *wait).await,
+            SettleCommand::Status => status(&config, &say).await,
+            SettleCommand::Proof { account, epoch } => proof(&config, *account, *epoch).await,
+            SettleCommand::Claim { accounts, .. } => claim(&config, &say, accounts).await,
+            SettleCommand::Watch { challenge, once } => return watch(&config, &say, *challenge, *once).await,
+            SettleCommand::Verify { bundle, previous, rpc } => {
+                verify(&say, bundle, previous.as_deref(), rpc.as_deref()).await
+            }
+        }?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Answers as text or as JSON.
+struct Say {
+    json: bool,
+}
+
+impl Say {
+    fn line(&self, text: &str, json: serde_json::Value) {
+        if self.json { println!("{json}") } else { println!("{text}") }
+    }
+}
+
+async fn contract(config: &Config) -> Result<Contract> {
+    let address = &config.settlement.contract;
+    if address.is_empty() {
+        bail!("settlement.contract must be set to the RewardSettlement's address; `openlora chain deploy` prints it");
+    }
+    let address = address.parse().context("settlement.contract")?;
+    Ok(Contract::open(chain::configured_chain(config).await?, address).await?)
+}
+
+fn file_of(config: &Config, epoch: u64) -> PathBuf {
+    config.settlement.bundles_dir.join(format!("epoch-{epoch}.json"))
+}
+
+fn read(path: &Path) -> Result<Bundle> {
+    let name = || path.display().to_string();
+    let bytes = fs::metadata(path).with_context(name)?.len();
+    if bytes > BUNDLE_BYTES_MAX {
+        bail!("{}: has {bytes} bytes; at most {BUNDLE_BYTES_MAX} are read", name());
+    }
+    Bundle::from_json(&fs::read(path).with_context(name)?).with_context(name)
+}
+
+/// A published bundle, by the settings' folder.
+fn published(config: &Config, epoch: u64) -> Result<Bundle> {
+    read(&file_of(config, epoch))
+        .with_context(|| format!("the bundle of epoch {epoch}; `openlora settle seal` publishes it"))
+}
+
+/// Computes an epoch's bundle and writes it in one piece, unless it is there.
+async fn publish(config: &Config, ledger: &Ledger, contract: &Contract, epoch: u64) -> Result<Option<Bundle>> {
+    let path = file_of(config, epoch);
+    if path.exists() {
+        return Ok(None);
+    }
+    let asset = ledger::asset(config)?;
+    let bundle = bundle_of(ledger, epoch, contract.settles(), &asset).await?;
+    let folder = &config.settlement.bundles_dir;
+    let name = || folder.display().to_string();
+    fs::create_dir_all(folder).with_context(name)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(name)?;
+    std::io::Write::write_all(&mut file, &bundle.to_json()).with_context(name)?;
+    file.as_file().sync_all().with_context(name)?;
+    file.persist(&path).with_context(|| path.display().to_string())?;
+    Ok(Some(bundle))
+}
+
+async fn seal(config: &Config, say: &Say) -> Result<()> {
+    let contract = contract(config).await?;
+    let ledger = ledger::open(config).await?;
+    let sealed = match ledger.seal().await {
+        Ok(epoch) => Some(epoch.number),
+        Err(LedgerError::EmptyEpoch { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let last = ledger.last_epoch().await?;
+    for epoch in 1..=last {
+        // Also what was sealed and not published, as after a crash.
+        if let Some(bundle) = publish(config, &ledger, &contract, epoch).await? {
+            let manifest = bundle.manifest();
+            let text = format!(
+                "epoch {epoch}: {} accounts, {} in all, {} receipts, root {}; {}",
+                manifest.accounts,
+                manifest.total,
+                manifest.receipts,
+                manifest.payout_root,
+                file_of(config, epoch).display()
+            );
+            say.line(&text, json!({"epoch": epoch, "manifest": manifest, "manifest_hash": manifest.hash()}));
+        }
+    }
+    if sealed.is_none() {
+        say.line(&format!("nothing is new since epoch {last}"), json!({"epoch": last, "new": false}));
+    }
+    ledger.close().await;
+    Ok(())
+}
+
+/// Sends an intent and waits until it is in a block.
+async fn send(contract: &Contract, sender: &Sender, intent: Intent, what: &str) -> Result<()> {
+    let id = contract.submit(sender, intent).await?;
+    let mut last = String::new();
+    let status = sender.wait_until(id, |status| {
+        let now = match status {
+            Status::Queued { waiting: Some(why) } | Status::Broadcast { waiting: Some(why), .. } => {
+                format!("waits: {why}")
+            }
+            Status::Queued { .. } => "is signed".to_owned(),
+            Status::Broadcast { nonce, .. } => format!("is broadcast, nonce {nonce}"),
+            other => format!("{other:?}"),
+        };
+        if now != last && !matches!(status, Status::Mined { .. }) {
+            eprintln!("{what} {now}");
+            last = now;
+        }
+        matches!(status, Status::Mined { .. })
+    });
+    match status.await? {
+        Status::Mined { succeeded: true, block, hash, .. } => eprintln!("{what} is in block {block}: {hash}"),
+        Status::Finalized { reverted: None, block, hash, .. } => eprintln!("{what} is final in block {block}: {hash}"),
+        Status::DoneElsewhere => eprintln!("{what} was done by somebody else"),
+        Status::Refused { reason } => bail!("{what} was not sent: {reason}"),
+        Status::Finalized { reverted: Some(why), .. } => bail!("{what} reverted: {why}"),
+        other => bail!("{what} reverted: {other:?}"),
+    }
+    Ok(())
+}
+
+async fn fund(config: &Config, say: &Say, amount: u128, key: &str) -> Result<()> {
+    let contract = contract(config).await?;
+    let sender = chain::configured_sender(config).await?;
+    let intent = contract.fund(amount, key);
+    // Unlike what follows from an epoch's number it is never due again.
+    if sender.find(&intent.key).await?.is_none() {
+        send(&contract, &sender, intent, "the transfer").await?;
+    }
+    sender.close().await?;
+    let held = contract.state(At::Latest).await?.balance;
+    say.line(&format!("the contract holds {held}"), json!({"held": held.to_string()}));
+    Ok(())
+}
+
+async fn propose(config: &Config, say: &Say) -> Result<()> {
+    let contract = contract(config).await?;
+    let state = contract.state(At::Latest).await?;
+    let epoch = state.open.map_or(state.epoch + 1, |open| open.epoch);
+    if !file_of(config, epoch).exists() {
+        bail!("epoch {epoch} is not sealed; run `openlora settle seal`");
+    }
+    let bundle = published(config, epoch)?;
+    let root = bundle.manifest().payout_root;
+    match contract.propose(&bundle).await? {
+        Some(intent) => {
+            let sender = chain::configured_sender(config).await?;
+            send(&contract, &sender, intent, &format!("the proposal of epoch {epoch}")).await?;
+            sender.close().await?;
+            let window = state.challenge_window;
+            let text = format!("epoch {epoch} is proposed with root {root}; it can be finalized in {window} s");
+            say.line(&text, json!({"epoch": epoch, "root": root, "proposed": true}));
+        }
+        None => say.line(&format!("epoch {epoch} was proposed before"), json!({"epoch": epoch, "root": root})),
+    }
+    Ok(())
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+async fn finalize(config: &Config, say: &Say, wait: bool) -> Result<()> {
+    let contract = contract(config).await?;
+    let state = contract.state(At::Latest).await?;
+    let Some(open) = state.open else {
+        let epoch = state.epoch;
+        say.line(&format!("nothing is proposed; epoch {epoch} is the last final one"), json!({"epoch": epoch}));
+        return Ok(());
+    };
+    let bundle = published(config, open.epoch)?;
+    if wait && open.challenge.is_none() {
+        while now() <= open.finalizable_at {
+            eprintln!("epoch {} can be finalized in {} s", open.epoch, open.finalizable_at + 1 - now());
+            tokio::time::sleep(Duration::from_secs((open.finalizable_at + 1 - now()).clamp(1, 10))).await;
+        }
+    }
+    let epoch = open.epoch;
+    if let Some(intent) = contract.finalize(&bundle, now()).await? {
+        let sender = chain::configured_sender(config).await?;
+        send(&contract, &sender, intent, &format!("the finalization of epoch {epoch}")).await?;
+        sender.close().await?;
+    }
+    say.line(&format!("epoch {epoch} is final: its accounts can claim"), json!({"epoch": epoch, "final": true}));
+    Ok(())
+}
+
+async fn status(config: &Config, say: &Say) -> Result<()> {
+    let contract = contract(config).await?;
+    let ledger = ledger::open(config).await?;
+    let last = ledger.last_epoch().await?;
+    let State { epoch, finalized, claimed, balance, bond, challenge_window, open } = contract.state(At::Latest).await?;
+    let mut text = format!(
+        "ledger      {last} epochs sealed\nchain       {epoch} epochs final, {finalized} promised, {claimed} claimed, {balance} held\n\
+         terms       a bond of {bond} wei, {challenge_window} s to challenge"
+    );
+    let proposal = open.map(|open| {
+        json!({"epoch": open.epoch, "root": open.root, "total": open.total.to_string(),
+                                          "finalizable_at": open.finalizable_at, "disputed": open.challenge.is_some()})
+    });
+    if let Some(open) = open {
+        let left = open.finalizable_at.saturating_sub(now());
+        let state = match open.challenge {
+            Some((challenger, _)) => format!("disputed by {challenger}"),
+            None if left > 0 => format!("can be challenged for {left} s"),
+            None => "can be finalized".to_owned(),
+        };
+        text.push_str(&format!("\nproposal    epoch {}, {}, root {}, {state}", open.epoch, open.total, open.root));
+    }
+    let next = match (&open, last > epoch) {
+        (Some(_), _) => "openlora settle finalize --wait",
+        (None, true) => "openlora settle propose",
+        (None, false) => "openlora settle seal",
+    };
+    text.push_str(&format!("\nnext        {next}"));
+    say.line(
+        &text,
+        json!({"sealed": last, "final": epoch, "promised": finalized.to_string(), "claimed": claimed.to_string(),
+                           "held": balance.to_string(), "proposal": proposal, "next": next}),
+    );
+    ledger.close().await;
+    Ok(())
+}
+
+async fn proof(config: &Config, account: Address, epoch: Option<u64>) -> Result<()> {
+    let epoch = match epoch {
+        Some(epoch) => epoch,
+        None => contract(config).await?.state(At::Latest).await?.epoch,
+    };
+    let bundle = published(config, epoch)?;
+    let Some(proof) = bundle.tree().proof(account) else {
+        bail!("{account} has earned nothing up to epoch {epoch}");
+    };
+    // The argument of `claim`.
+    let claim = json!({"epoch": epoch, "account": account, "cumulative": proof.cumulative.to_string(), "index": proof.index,
+                       "proof": proof.siblings});
+    println!("{}", serde_json::to_string_pretty(&claim)?);
+    Ok(())
+}
+
+async fn claim(config: &Config, say: &Say, accounts: &[Address]) -> Result<()> {
+    let contract = contract(config).await?;
+    let epoch = contract.state(At::Latest).await?.epoch;
+    if epoch == 0 {
+        bail!("no epoch is final; `openlora settle status` tells where they are");
+    }
+    let bundle = published(config, epoch)?;
+    let all: Vec<Address> = bundle.tree().payouts().iter().map(|payout| payout.account).collect();
+    let accounts = if accounts.is_empty() { &all } else { accounts };
+    let sender = chain::configured_sender(config).await?;
+    for accounts in accounts.chunks(CLAIMS_MAX) {
+        if let Some(intent) = contract.claim(&bundle, accounts).await? {
+            send(&contract, &sender, intent, &format!("the claim of {} accounts", accounts.len())).await?;
+        }
+    }
+    sender.close().await?;
+    for account in accounts {
+        let (earned, paid) = (bundle.tree().cumulative(*account), contract.claimed(*account, At::Latest).await?);
+        let text = format!("{account} has been paid {paid} of {earned}");
+        say.line(&text, json!({"account": account, "earned": earned.to_string(), "paid": paid.to_string()}));
+    }
+    Ok(())
+}
+
+async fn watch(config: &Config, say: &Say, challenge: bool, once: bool) -> Result<ExitCode> {
+    let contract = contract(config).await?;
+    let ledger = ledger::open(config).await?;
+    let asset = ledger::asset(config)?;
+    let sender = if challenge { Some(chain::configured_sender(config).await?) } else { None };
+    let mut seen = None;
+    loop {
+        let open = contract.state(At::Latest).await?.open.filter(|open| open.challenge.is_none());
+        if let Some(open) = open.filter(|open| seen != Some((open.epoch, open.root))) {
+            let verdict = judge(&open, &ledger, contract.settles(), &asset).await?;
+            let epoch = open.epoch;
+            let text = match &verdict {
+                Verdict::Right => format!("epoch {epoch} is proposed as the ledger says"),
+                Verdict::Wrong { field, said, computed } => {
+                    format!("epoch {epoch} is WRONG: {field} is {said} on the chain and {computed} by the ledger")
+                }
+                Verdict::Unknown { last } => format!("epoch {epoch} is proposed, and the ledger here has {last}"),
+            };
+            say.line(&text, json!({"epoch": epoch, "root": open.root, "right": verdict == Verdict::Right}));
+            match (&verdict, &sender) {
+                (Verdict::Wrong { .. }, Some(sender)) => {
+                    let own = bundle_of(&ledger, epoch, contract.settles(), &asset).await?.manifest().hash();
+                    send(&contract, sender, contract.challenge(&open, own), &format!("the challenge of epoch {epoch}"))
+                        .await?;
+                }
+                (Verdict::Wrong { .. }, None) if once => return Ok(ExitCode::FAILURE),
+                _ => {}
+            }
+            // What the ledger does not know yet is looked at again.
+            if !matches!(verdict, Verdict::Unknown { .. }) {
+                seen = Some((open.epoch, open.root));
+            }
+        }
+        if once {
+            return Ok(ExitCode::SUCCESS);
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+}
+
+async fn verify(say: &Say, path: &Path, previous: Option<&Path>, rpc: Option<&str>) -> Result<()> {
+    let bundle = read(path)?;
+    let manifest = bundle.manifest();
+    if let Some(previous) = previous {
+        bundle.follows(&read(previous)?)?;
+    }
+    let mut text = format!(
+        "epoch {}: {} accounts sum to {}, root {}, manifest {}: all as its content gives",
+        manifest.epoch,
+        manifest.accounts,
+        manifest.total,
+        manifest.payout_root,
+        manifest.hash()
+    );
+    let mut standing = None;
+    if let Some(rpc) = rpc {
+        let contract = Contract::open(chain::open_chain(rpc, manifest.chain_id).await?, manifest.settlement).await?;
+        if contract.settles() != &manifest.settles() {
+            bail!("the contract pays out {}, the bundle is of {}", contract.settles().token, manifest.token);
+        }
+        let found = contract.standing(manifest.epoch, manifest.payout_root, At::Latest).await?;
+        if let Standing::Other { root, .. } = found {
+            bail!("the chain has the root {root} for epoch {}, this bundle {}", manifest.epoch, manifest.payout_root);
+        }
+        text.push_str(&format!("\non the chain: {found:?}"));
+        standing = Some(format!("{found:?}"));
+    }
+    say.line(&text, json!({"ok": true, "manifest": manifest, "manifest_hash": manifest.hash(), "chain": standing}));
+    Ok(())
+}
