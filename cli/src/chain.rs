@@ -21,7 +21,7 @@ use openlora_settlement::sender::{Sender, SenderConfig};
 use openlora_settlement::{RpcConfig, RpcUrl};
 
 use crate::config::{self, Config};
-use crate::{Global, block_on, ledger, load_config};
+use crate::{Global, block_on, ledger, load_config, serve};
 
 /// The version of anvil that scripts/fetch-anvil.sh fetches.
 const ANVIL: &str = "anvil/1.7.1/anvil";
@@ -114,23 +114,16 @@ async fn dev(global: &Global, args: &DevArgs) -> Result<ExitCode> {
         println!("\n{settings}# or: source {}", folder.join("settings.sh").display());
     }
     std::io::stdout().flush()?;
+    let mut ended = std::pin::pin!(serve::shutdown_signal());
     loop {
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => return Ok(ExitCode::SUCCESS),
-            () = terminated() => return Ok(ExitCode::SUCCESS),
+            () = &mut ended => return Ok(ExitCode::SUCCESS),
             () = tokio::time::sleep(Duration::from_millis(500)) => {
                 if anvil.has_ended()? {
                     bail!("the local chain ended by itself");
                 }
             }
         }
-    }
-}
-
-async fn terminated() {
-    match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-        Ok(mut signal) => drop(signal.recv().await),
-        Err(_) => std::future::pending().await,
     }
 }
 

@@ -132,7 +132,7 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
 }
 
 /// Resolves on SIGTERM or Ctrl-C.
-async fn shutdown_signal() {
+pub(crate) async fn shutdown_signal() {
     let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
     match terminate {
         Ok(mut terminate) => tokio::select! {

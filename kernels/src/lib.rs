@@ -14,6 +14,7 @@ pub mod cpu;
 pub mod cuda;
 mod error;
 pub mod mapped;
+mod pages;
 pub mod reference;
 mod tensor_source;
 

@@ -9,7 +9,7 @@
 //! What is to be done next is read from the contract each time, whose epoch number makes everything here harmless to repeat: it
 //! takes `last finalized + 1` only, one at a time.
 
-use alloy::primitives::{Address, B256, Bytes, U256};
+use alloy::primitives::{Address, B256, Bytes, U256, keccak256};
 use alloy::sol_types::SolCall;
 use openlora_ledger::{Asset, Ledger};
 
@@ -251,7 +251,10 @@ impl Contract {
     /// # Errors
     /// The node's.
     pub async fn standing(&self, epoch: u64, root: B256, at: At) -> Result<Standing, SettlementError> {
-        let state = self.state(at).await?;
+        self.standing_in(&self.state(at).await?, epoch, root, at).await
+    }
+
+    async fn standing_in(&self, state: &State, epoch: u64, root: B256, at: At) -> Result<Standing, SettlementError> {
         if epoch <= state.epoch {
             let found = self.finalized_root(epoch, at).await?;
             let same = found == root;
@@ -281,13 +284,13 @@ impl Contract {
             return Err(SettlementError::OtherContract { epoch: manifest.epoch, ours: self.settles.settlement });
         }
         let (epoch, root) = (manifest.epoch, manifest.payout_root);
-        match self.standing(epoch, root, At::Latest).await? {
+        let state = self.state(At::Latest).await?;
+        match self.standing_in(&state, epoch, root, At::Latest).await? {
             Standing::Proposed { .. } | Standing::Disputed { .. } | Standing::Finalized => return Ok(None),
             Standing::Behind { next } => return Err(SettlementError::NotDue { epoch, next }),
             Standing::Other { root: other, .. } => return Err(SettlementError::OtherRoot { epoch, root, other }),
             Standing::Due => {}
         }
-        let state = self.state(At::Latest).await?;
         let needed = U256::from(manifest.total).saturating_sub(state.claimed);
         if state.balance < needed {
             let missing = needed - state.balance;
@@ -374,9 +377,10 @@ impl Contract {
         let Some(first) = claims.first() else { return Ok(None) };
         let gas = GAS_MAX + CLAIM_GAS_MAX * claims.len() as u64;
         if claims.len() > 1 {
-            let last = claims[claims.len() - 1].account;
-            let key = format!("claim {epoch} {} {} to {last}", claims.len(), first.account);
+            let count = claims.len();
             let call = RewardSettlement::claimBatchCall { entries: claims };
+            // By all of what it claims: two batches may well begin and end alike.
+            let key = format!("claim {epoch} {count} {}", keccak256(call.abi_encode()));
             return Ok(Some(self.intent(&key, &call, U256::ZERO, gas, None)));
         }
         let done = self.done(&RewardSettlement::claimedCall { account: first.account }, first.cumulative);

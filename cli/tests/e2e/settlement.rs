@@ -50,14 +50,20 @@ impl Operator {
         Self { home, _chain: chain }
     }
 
+    /// The settings that `chain dev` printed.
+    fn settings(&self) -> Vec<(String, String)> {
+        let text = std::fs::read_to_string(self.home.path().join("chain-dev/settings.sh")).expect("settings");
+        let export = |line: &str| {
+            let (name, value) = line.strip_prefix("export ")?.split_once('=')?;
+            Some((name.to_owned(), value.to_owned()))
+        };
+        text.lines().map(|line| export(line).expect("an export")).collect()
+    }
+
     fn command(&self, args: &[&str]) -> Command {
-        let settings = std::fs::read_to_string(self.home.path().join("chain-dev/settings.sh")).expect("settings");
         let mut command = Command::new(OPENLORA);
         command.env("OPENLORA_HOME", self.home.path()).args(args);
-        for line in settings.lines() {
-            let (name, value) = line.strip_prefix("export ").and_then(|line| line.split_once('=')).expect("an export");
-            command.env(name, value);
-        }
+        command.envs(self.settings());
         command
     }
 
@@ -125,7 +131,20 @@ fn usage_ends_in_claims_that_are_paid_once() {
     let bundle = bundle.to_str().expect("UTF-8");
     let verified = operator.json(&["settle", "verify", bundle]);
     assert_eq!((&verified[0]["ok"], &verified[0]["chain"]), (&json!(true), &Value::Null));
+    let settings = operator.settings();
+    let (_, rpc) = settings.iter().find(|(name, _)| name == "OPENLORA_SETTLEMENT_RPC_URL").expect("a node");
+    let on_chain = |standing: &str| {
+        let verified = operator.json(&["settle", "verify", bundle, "--rpc", rpc]);
+        assert!(verified[0]["chain"].as_str().is_some_and(|chain| chain.starts_with(standing)), "{verified:?}");
+    };
+    on_chain("Proposed");
     assert_eq!(operator.json(&["settle", "finalize", "--wait"])[0]["final"], true);
+    on_chain("Finalized");
+    let forged = std::fs::read_to_string(bundle).expect("a bundle").replacen("\"1200\"", "\"1201\"", 1);
+    let forged_at = operator.home.path().join("forged.json");
+    std::fs::write(&forged_at, forged).expect("written");
+    let refused = operator.refused(&["settle", "verify", forged_at.to_str().expect("UTF-8")]);
+    assert!(refused.contains("the bundle says total 2800"), "{refused}");
     assert_eq!(operator.json(&["settle", "status"])[0]["next"], "openlora settle seal");
 
     for _ in 0..2 {

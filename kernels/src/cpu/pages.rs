@@ -19,7 +19,6 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::Pod;
 use half::f16;
@@ -28,6 +27,7 @@ use memmap2::MmapRaw;
 use super::kv::{self, KvLayout};
 use super::pool::Disjoint;
 use super::tensor::mapped;
+use crate::pages::{Epochs, Taken};
 use crate::{AttentionSpec, KernelError, Precision};
 
 /// Every page starts on a cache line.
@@ -48,13 +48,6 @@ pub struct CpuPageSet {
     pages: Vec<Taken>,
 }
 
-/// A page and the epoch it was taken with.
-#[derive(Clone, Copy, Debug)]
-struct Taken {
-    page: u32,
-    epoch: u64,
-}
-
 /// The memory of all pages, and who owns them.
 #[derive(Debug)]
 struct Arena {
@@ -62,7 +55,7 @@ struct Arena {
     /// Of the first page in `memory`.
     start: usize,
     page_bytes: usize,
-    epochs: Box<[AtomicU64]>,
+    epochs: Epochs,
 }
 
 impl Arena {
@@ -70,14 +63,8 @@ impl Arena {
         let what = "the page pool";
         let bytes = pages.checked_mul(page_bytes).filter(|_| pages <= u32::MAX as usize);
         let (memory, start) = mapped(bytes.ok_or(KernelError::OutOfMemory { what, bytes: usize::MAX })?, what)?;
-        let epochs = (0..pages).map(|_| AtomicU64::new(0)).collect();
+        let epochs = Epochs::new(pages);
         Ok(Self { memory: memory.into(), start, page_bytes, epochs })
-    }
-
-    /// The page's epoch; `None` when there is no such page.
-    #[inline(always)]
-    fn epoch(&self, page: u32) -> Option<u64> {
-        Some(self.epochs.get(page as usize)?.load(Ordering::Acquire))
     }
 
     /// Where `bytes` of a page begin. Reaching them is the caller's responsibility.
@@ -91,10 +78,6 @@ impl Arena {
         // SAFETY: the mapping holds `start` and all pages after it.
         unsafe { self.memory.as_mut_ptr().add(self.start + page as usize * self.page_bytes + bytes.start) }
     }
-}
-
-fn wrong(page: u32, what: &'static str) -> KernelError {
-    KernelError::Page { page, what }
 }
 
 impl CpuPages {
@@ -118,18 +101,8 @@ impl CpuPages {
     /// # Errors
     /// [`KernelError::Page`] for a page that does not exist or is an adapter's already; then none has been taken.
     pub fn take(&mut self, pages: &[u32]) -> Result<CpuPageSet, KernelError> {
-        // On an error the set's drop gives back what it has so far.
-        let mut set = CpuPageSet { arena: Arc::clone(&self.arena), pages: Vec::with_capacity(pages.len()) };
-        for &page in pages {
-            let epoch = self.arena.epoch(page).ok_or_else(|| wrong(page, "does not exist in this pool"))?;
-            if !epoch.is_multiple_of(2) {
-                return Err(wrong(page, "belongs to an adapter already"));
-            }
-            // Only sets' drops change an epoch beside this, and those only make an odd one even.
-            self.arena.epochs[page as usize].store(epoch + 1, Ordering::Release);
-            set.pages.push(Taken { page, epoch: epoch + 1 });
-        }
-        Ok(set)
+        let pages = self.arena.epochs.take(pages)?;
+        Ok(CpuPageSet { arena: Arc::clone(&self.arena), pages })
     }
 
     /// Whether all pages of these block tables can be used as KV.
@@ -137,14 +110,7 @@ impl CpuPages {
     /// # Errors
     /// [`KernelError::Page`] for one that does not exist or holds an adapter.
     pub fn check(&self, block_tables: &[u32]) -> Result<(), KernelError> {
-        for &page in block_tables {
-            match self.arena.epoch(page) {
-                Some(epoch) if epoch.is_multiple_of(2) => {}
-                Some(_) => return Err(wrong(page, "is in a block table, but an adapter owns it")),
-                None => return Err(wrong(page, "is in a block table, but does not exist in this pool")),
-            }
-        }
-        Ok(())
+        self.arena.epochs.check(block_tables)
     }
 
     /// A KV block's numbers over all layers, laid out as [`super::kv`] says.
@@ -169,10 +135,7 @@ impl CpuPages {
     fn kv_place<T: Pod>(&self, page: u32) -> *mut T {
         const { assert!(align_of::<T>() <= LINE) };
         let place = self.arena.place(page, &(0..self.layout.page_elements() * size_of::<T>()));
-        assert!(
-            self.arena.epochs[page as usize].load(Ordering::Acquire).is_multiple_of(2),
-            "page {page} is an adapter's"
-        );
+        assert!(self.arena.epochs.of(page).is_some_and(|epoch| epoch.is_multiple_of(2)), "page {page} is an adapter's");
         place.cast()
     }
 
@@ -242,8 +205,7 @@ impl CpuPageSet {
     /// [`KernelError::Page`] for one that has changed owner since, which nothing but an error in this room can bring about.
     #[inline]
     pub fn check(&self) -> Result<(), KernelError> {
-        let lost = self.pages.iter().find(|taken| self.arena.epoch(taken.page) != Some(taken.epoch));
-        lost.map_or(Ok(()), |taken| Err(wrong(taken.page, "has changed owner since its adapter was loaded")))
+        self.arena.epochs.check_taken(&self.pages)
     }
 
     /// `len` numbers of the set's page number `index`, from `offset` bytes on.
@@ -273,11 +235,7 @@ impl CpuPageSet {
 
 impl Drop for CpuPageSet {
     fn drop(&mut self) {
-        for Taken { page, epoch } in self.pages.drain(..) {
-            // A page that were not this set's any more would be left alone.
-            let mine = &self.arena.epochs[page as usize];
-            let _ = mine.compare_exchange(epoch, epoch.wrapping_add(1), Ordering::AcqRel, Ordering::Relaxed);
-        }
+        self.arena.epochs.give_back(&mut self.pages);
     }
 }
 
@@ -313,12 +271,12 @@ mod tests {
     fn an_epoch_counts_every_change_of_owner() {
         let mut pool = pool(2);
         for round in 0..3 {
-            assert_eq!(pool.arena.epoch(1), Some(2 * round));
+            assert_eq!(pool.arena.epochs.of(1), Some(2 * round));
             let set = pool.take(&[1]).expect("free");
-            assert_eq!(pool.arena.epoch(1), Some(2 * round + 1));
+            assert_eq!(pool.arena.epochs.of(1), Some(2 * round + 1));
             drop(set);
         }
-        assert_eq!(pool.arena.epoch(0), Some(0));
+        assert_eq!(pool.arena.epochs.of(0), Some(0));
     }
 
     #[test]
@@ -326,8 +284,7 @@ mod tests {
         let mut pool = pool(3);
         let set = pool.take(&[0, 2]).expect("free");
         set.check().expect("both are the set's");
-        // As if the page had been given back and taken again behind the set's back.
-        pool.arena.epochs[2].fetch_add(2, Ordering::AcqRel);
+        pool.arena.epochs.disturb(2);
         assert_eq!(message(set.check()), "page 2 has changed owner since its adapter was loaded");
     }
 

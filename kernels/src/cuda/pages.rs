@@ -13,10 +13,10 @@
 //!   adapter was ever used or not; its readers are earlier steps. Then its epoch becomes even.
 //! - *Written, then read*: [`CudaPageSet::settle`], before the first step with the adapter is enqueued, lets steps wait for its copies.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::{Address, Device, Element, Memory, Stream};
+use crate::pages::{Epochs, Taken};
 use crate::{AttentionSpec, KernelError};
 
 const ALIGNED: usize = 256;
@@ -44,34 +44,19 @@ pub struct CudaPageSet<D: Device> {
     written: Mutex<Option<D::Event>>,
 }
 
-/// A page and the epoch it was taken with.
-#[derive(Clone, Copy, Debug)]
-struct Taken {
-    page: u32,
-    epoch: u64,
-}
-
 /// The memory of all pages, and who owns them.
 #[derive(Debug)]
 struct Arena<D: Device> {
     device: Arc<D>,
     memory: Memory<D>,
     page_bytes: usize,
-    epochs: Box<[AtomicU64]>,
+    epochs: Epochs,
 }
 
 impl<D: Device> Arena<D> {
-    fn epoch(&self, page: u32) -> Option<u64> {
-        Some(self.epochs.get(page as usize)?.load(Ordering::Acquire))
-    }
-
     fn address(&self, page: u32) -> Address {
         self.memory.address().plus(page as usize * self.page_bytes)
     }
-}
-
-fn wrong(page: u32, what: &'static str) -> KernelError {
-    KernelError::Page { page, what }
 }
 
 impl<D: Device> CudaPages<D> {
@@ -83,7 +68,7 @@ impl<D: Device> CudaPages<D> {
         let bytes = pages.checked_mul(page_bytes).filter(|_| u32::try_from(pages).is_ok());
         let bytes = bytes.ok_or(KernelError::OutOfMemory { what: "the page pool", bytes: usize::MAX })?;
         let memory = Memory::new(device, bytes)?;
-        let epochs = (0..pages).map(|_| AtomicU64::new(0)).collect();
+        let epochs = Epochs::new(pages);
         Ok(Self { arena: Arc::new(Arena { device: Arc::clone(device), memory, page_bytes, epochs }) })
     }
 
@@ -108,7 +93,7 @@ impl<D: Device> CudaPages<D> {
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.arena.epochs.is_empty()
+        self.len() == 0
     }
 
     /// Makes the pages an adapter's.
@@ -116,19 +101,8 @@ impl<D: Device> CudaPages<D> {
     /// # Errors
     /// [`KernelError::Page`] for a page that does not exist or is an adapter's already; then none has been taken.
     pub fn take(&mut self, pages: &[u32]) -> Result<CudaPageSet<D>, KernelError> {
-        // On an error the set's drop gives back what it has so far.
-        let pages_taken = Vec::with_capacity(pages.len());
-        let mut set = CudaPageSet { arena: Arc::clone(&self.arena), pages: pages_taken, written: Mutex::new(None) };
-        for &page in pages {
-            let epoch = self.arena.epoch(page).ok_or_else(|| wrong(page, "does not exist in this pool"))?;
-            if !epoch.is_multiple_of(2) {
-                return Err(wrong(page, "belongs to an adapter already"));
-            }
-            // Only sets' drops change an epoch beside this, and those only make an odd one even.
-            self.arena.epochs[page as usize].store(epoch + 1, Ordering::Release);
-            set.pages.push(Taken { page, epoch: epoch + 1 });
-        }
-        Ok(set)
+        let pages = self.arena.epochs.take(pages)?;
+        Ok(CudaPageSet { arena: Arc::clone(&self.arena), pages, written: Mutex::new(None) })
     }
 
     /// Whether all pages of these block tables can be used as KV.
@@ -136,14 +110,7 @@ impl<D: Device> CudaPages<D> {
     /// # Errors
     /// [`KernelError::Page`] for one that does not exist or holds an adapter.
     pub fn check(&self, block_tables: &[u32]) -> Result<(), KernelError> {
-        for &page in block_tables {
-            match self.arena.epoch(page) {
-                Some(epoch) if epoch.is_multiple_of(2) => {}
-                Some(_) => return Err(wrong(page, "is in a block table, but an adapter owns it")),
-                None => return Err(wrong(page, "is in a block table, but does not exist in this pool")),
-            }
-        }
-        Ok(())
+        self.arena.epochs.check(block_tables)
     }
 
     /// Fills all pages that no adapter owns with NaN, whatever the element: tests show by it that nothing unwritten is read.
@@ -210,8 +177,7 @@ impl<D: Device> CudaPageSet<D> {
     /// # Errors
     /// [`KernelError::Page`] for one that has changed owner since, which nothing but an error in this room can bring about.
     pub fn check(&self) -> Result<(), KernelError> {
-        let lost = self.pages.iter().find(|taken| self.arena.epoch(taken.page) != Some(taken.epoch));
-        lost.map_or(Ok(()), |taken| Err(wrong(taken.page, "has changed owner since its adapter was loaded")))
+        self.arena.epochs.check_taken(&self.pages)
     }
 
     /// Lets what is copied from now on wait for all steps enqueued so far: they may still use the pages.
@@ -264,10 +230,6 @@ impl<D: Device> Drop for CudaPageSet<D> {
     fn drop(&mut self) {
         // A device that refuses this has failed, and runs no further step.
         let _ = self.settle();
-        for Taken { page, epoch } in self.pages.drain(..) {
-            // A page that were not this set's any more would be left alone.
-            let mine = &self.arena.epochs[page as usize];
-            let _ = mine.compare_exchange(epoch, epoch.wrapping_add(1), Ordering::AcqRel, Ordering::Relaxed);
-        }
+        self.arena.epochs.give_back(&mut self.pages);
     }
 }

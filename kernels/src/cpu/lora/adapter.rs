@@ -4,12 +4,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use openlora_types::{AdapterSizes, AdapterWeights, Elements, Matrix, Module, Site, SiteWeights};
+use openlora_types::{AdapterSizes, AdapterWeights, Elements, Module, Site, SiteWeights};
 
 use super::super::pages::CpuPageSet;
 use super::super::vector_math::Element;
 use super::Rows;
 use super::placement::{FactorPlace, Placement};
+use crate::pages::check_site;
 use crate::{KernelError, Precision};
 
 /// One adapter generation, resident: per site the rows of A, `[rank][inputs]`, then the rows of B transposed,
@@ -125,7 +126,7 @@ impl CpuAdapter {
     ) -> Result<Self, KernelError> {
         assert_eq!(output_scales.len(), weights.sites.len(), "one entry for each site");
         for (site, output_scale) in weights.sites.iter().zip(output_scales) {
-            check(site, output_scale.as_deref(), layers)?;
+            check_site(site, output_scale.as_deref(), layers)?;
         }
         let placement = Placement::new(&weights.sizes(), pages.page_bytes(), precision.element_bytes());
         if pages.len() < placement.pages {
@@ -238,28 +239,6 @@ struct Shifts {
     b: f32,
 }
 
-/// Whether the site's parts fit each other; that they fit the model was checked where the model is known.
-fn check(site: &SiteWeights, output_scale: Option<&[f32]>, layers: usize) -> Result<(), KernelError> {
-    let (inputs, outputs, rank) = (site.a.cols, site.b.rows, site.rank());
-    let error = |matrix: &Matrix| KernelError::AdapterShape {
-        site: site.site,
-        rows: matrix.rows,
-        cols: matrix.cols,
-        inputs,
-        outputs,
-    };
-    let whole = |matrix: &Matrix| matrix.rows.checked_mul(matrix.cols) == Some(matrix.elements.len());
-    let in_layer = !matches!(site.site.module, Module::Embed | Module::LmHead);
-    if rank == 0 || !whole(&site.a) || in_layer && site.site.layer as usize >= layers {
-        return Err(error(&site.a));
-    }
-    let vector_fits = |vector: Option<&[f32]>| vector.is_none_or(|vector| vector.len() == outputs);
-    if site.b.cols != rank || !whole(&site.b) || !vector_fits(site.b_bias.as_deref()) || !vector_fits(output_scale) {
-        return Err(error(&site.b));
-    }
-    Ok(())
-}
-
 fn site_shifts(site: &SiteWeights) -> Result<Shifts, KernelError> {
     Ok(Shifts { a: shift(site.site, &site.a.elements)?, b: shift(site.site, &site.b.elements)? })
 }
@@ -370,7 +349,7 @@ impl Number for bf16 {
 
 #[cfg(test)]
 mod tests {
-    use openlora_types::Generation;
+    use openlora_types::{Generation, Matrix};
 
     use super::super::super::pages::CpuPages;
     use super::*;

@@ -4,12 +4,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
-use openlora_types::{AdapterSizes, AdapterWeights, Elements, Matrix, Module, Site, SiteWeights};
+use openlora_types::{AdapterSizes, AdapterWeights, Elements, Site};
 
 use super::super::device::{Address, Device, Element, Memory, Stream};
 use super::super::pages::CudaPageSet;
 use super::placement::{Factor, Place, Placement, pages_needed};
 use crate::KernelError;
+use crate::pages::check_site;
 
 /// One adapter generation, resident: the rows of A, `[rank][inputs]`, and of B transposed, `[rank][outputs]`, in pages of the
 /// pool ([`super::placement`]), rounded to the device's element; and beside them the table that kernels find them by:
@@ -85,7 +86,7 @@ impl<D: Device> CudaAdapter<D> {
     ) -> Result<Self, KernelError> {
         assert_eq!(output_scales.len(), weights.sites.len(), "one entry for each site");
         for (site, output_scale) in weights.sites.iter().zip(output_scales) {
-            check(site, output_scale.as_deref(), layers)?;
+            check_site(site, output_scale.as_deref(), layers)?;
         }
         let placement = Placement::new(&weights.sizes(), pages.page_bytes(), element.bytes());
         let placement =
@@ -165,28 +166,6 @@ impl<D: Device> CudaAdapter<D> {
             self.fits.store(plan, Ordering::Relaxed);
         }
     }
-}
-
-/// Whether the site's parts fit each other; that they fit the model was checked where the model is known.
-fn check(site: &SiteWeights, output_scale: Option<&[f32]>, layers: usize) -> Result<(), KernelError> {
-    let (inputs, outputs, rank) = (site.a.cols, site.b.rows, site.rank());
-    let error = |matrix: &Matrix| KernelError::AdapterShape {
-        site: site.site,
-        rows: matrix.rows,
-        cols: matrix.cols,
-        inputs,
-        outputs,
-    };
-    let whole = |matrix: &Matrix| matrix.rows.checked_mul(matrix.cols) == Some(matrix.elements.len());
-    let in_layer = !matches!(site.site.module, Module::Embed | Module::LmHead);
-    if rank == 0 || !whole(&site.a) || in_layer && site.site.layer as usize >= layers {
-        return Err(error(&site.a));
-    }
-    let vector_fits = |vector: Option<&[f32]>| vector.is_none_or(|vector| vector.len() == outputs);
-    if site.b.cols != rank || !whole(&site.b) || !vector_fits(site.b_bias.as_deref()) || !vector_fits(output_scale) {
-        return Err(error(&site.b));
-    }
-    Ok(())
 }
 
 /// The table of an adapter's sites, copied to the device.
