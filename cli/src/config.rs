@@ -133,6 +133,8 @@ pub(crate) struct Adapters {
 pub(crate) struct Ledger {
     pub(crate) database_url: String,
     pub(crate) asset: String,
+    pub(crate) charge: bool,
+    pub(crate) base_owner: String,
     /// Where the database is when `database_url` is empty.
     #[serde(skip)]
     pub(crate) default_file: PathBuf,

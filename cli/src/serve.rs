@@ -10,14 +10,14 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use openlora_adapters::{AdapterError, AdapterStore, BaseRows, StoreConfig};
 use openlora_model::ModelFiles;
-use openlora_server::{App, Auth, EngineLimits, ModelFacts, ServerConfig, Tls};
+use openlora_server::{App, Auth, Books, EngineLimits, ModelFacts, ServerConfig, Tls};
 use openlora_types::{Module, Site};
 use toml::Value;
 
 use crate::check::ServingProbe;
 use crate::config::{Config, Flag};
 use crate::device::{self, Device, LoadedModel};
-use crate::{Global, load_config};
+use crate::{Global, ledger, load_config};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -99,9 +99,17 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
     let engine = model.start_engine(engine_config.clone())?;
     let shape = files.shape();
     let name = shape.name.clone();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let books = Books {
+        ledger: runtime.block_on(ledger::open(&config))?,
+        asset: ledger::asset(&config)?,
+        charge: config.ledger.charge,
+        base_owner: Some(config.ledger.base_owner.clone()).filter(|name| !name.is_empty()),
+    };
     let app = App {
         engine: engine.clone(),
         store: Arc::new(store),
+        books: Some(books.clone()),
         tokenizer: files.tokenizer()?,
         template: files.chat_template()?.map(Arc::new),
         engine_limits: EngineLimits {
@@ -118,7 +126,6 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
         precision: precision.name().to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let json = global.json;
     runtime.block_on(openlora_server::run(server_config, app, shutdown_signal(), move |addrs| {
         if json {
@@ -127,6 +134,7 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
             println!("serving {name}: gRPC {}, HTTP {}", addrs.grpc, addrs.http);
         }
     }))?;
+    runtime.block_on(books.ledger.close());
     engine.shutdown();
     Ok(ExitCode::SUCCESS)
 }

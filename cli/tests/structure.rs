@@ -17,7 +17,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("settlement", &["types", "database", "ledger"]),
     ("model", &["types", "kernels"]),
     ("engine", &["types", "kernels", "scheduler", "adapters", "model"]),
-    ("server", &["types", "proto", "engine", "model", "adapters"]),
+    ("server", &["types", "proto", "engine", "model", "adapters", "ledger"]),
     ("benches", &["*"]),
     ("cli", &["*"]),
 ];

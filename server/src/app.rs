@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use openlora_adapters::AdapterStore;
 use openlora_engine::EngineHandle;
+use openlora_ledger::{Asset, Ledger};
 use openlora_model::text::{ChatTemplate, Tokenizer};
 use openlora_types::{Generation, ModelShape, Token};
 use tokio::sync::{Mutex, Semaphore, watch};
@@ -20,6 +21,8 @@ pub struct App {
     pub engine: EngineHandle,
     /// Adapters by alias.
     pub store: Arc<AdapterStore>,
+    /// Who pays for requests and who is owed for them; without it nobody is charged.
+    pub books: Option<Books>,
     /// Of the base model.
     pub tokenizer: Tokenizer,
     /// Of the base model, where it has one; chat requests are refused without.
@@ -32,6 +35,19 @@ pub struct App {
     pub precision: String,
     /// Of the program.
     pub version: String,
+}
+
+/// The ledger and how requests are charged in it.
+#[derive(Clone)]
+pub struct Books {
+    /// Where it is written.
+    pub ledger: Ledger,
+    /// What fees are in.
+    pub asset: Asset,
+    /// Whether requests are charged to their callers, who must have prepaid.
+    pub charge: bool,
+    /// Whom the base model's part of a fee goes to; the pool where nobody is named.
+    pub base_owner: Option<String>,
 }
 
 /// What `Server.GetModel` tells.

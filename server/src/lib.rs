@@ -27,7 +27,7 @@ mod run;
 mod status;
 mod upload;
 
-pub use app::{App, EngineLimits, ModelFacts};
+pub use app::{App, Books, EngineLimits, ModelFacts};
 pub use config::{Auth, ConnectionLimits, ServerConfig, Tls};
 pub use error::ServerError;
 pub use run::{BoundAddrs, run};

@@ -21,7 +21,7 @@ use openlora_proto::v1::generate_request::Prompt;
 use openlora_proto::v1::inference_client::InferenceClient;
 use openlora_proto::v1::server_client::ServerClient;
 use openlora_server::keys::{KeyStore, Role};
-use openlora_server::{App, Auth, BoundAddrs, EngineLimits, ModelFacts, ServerConfig, ServerError, Tls, run};
+use openlora_server::{App, Auth, Books, BoundAddrs, EngineLimits, ModelFacts, ServerConfig, ServerError, Tls, run};
 use openlora_types::{Limits, Token};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -56,6 +56,8 @@ pub(crate) struct Setup {
     pub(crate) with_tls: bool,
     /// Serves in place of the CPU.
     pub(crate) device: Option<Arc<Emulated>>,
+    /// A ledger of the test's.
+    pub(crate) books: Option<Books>,
 }
 
 /// A server, its rooms and its keys. Dropping it leaves it to the runtime; [`TestServer::stop`] waits.
@@ -100,6 +102,7 @@ impl TestServer {
             with_keys: true,
             with_tls: false,
             device: None,
+            books: None,
         };
         change(&mut setup);
         let path = folder.path().join("keys.json");
@@ -314,6 +317,7 @@ fn app(folder: &Path, setup: &Setup) -> App {
     App {
         engine,
         store: Arc::new(store),
+        books: setup.books.clone(),
         tokenizer,
         template: Some(Arc::new(template)),
         model: ModelFacts {
