@@ -15,6 +15,7 @@ use crate::{error::AdapterError, names::Named, registry::Known, store::Inner};
 #[derive(Clone)]
 pub struct Lease {
     known: Arc<Known>,
+    owner: Arc<str>,
     /// Whether the alias was pinned: then the first load keeps the weights in memory.
     pinned: bool,
     store: Arc<Inner>,
@@ -24,13 +25,19 @@ pub struct Lease {
 impl Lease {
     pub(crate) fn new(store: Arc<Inner>, named: Named) -> Self {
         let hold = store.core.leases.hold(named.known.generation);
-        Self { known: named.known, pinned: named.pinned, store, _hold: hold }
+        Self { known: named.known, owner: named.owner, pinned: named.pinned, store, _hold: hold }
     }
 
     /// The generation's identity.
     #[must_use]
     pub fn generation(&self) -> Generation {
         self.known.generation
+    }
+
+    /// Who owns the alias that it was asked for by.
+    #[must_use]
+    pub fn owner(&self) -> &str {
+        &self.owner
     }
 
     /// The sizes of its sites.

@@ -15,10 +15,11 @@ use crate::registry::Known;
 /// How long an entry is believed where other servers change the registry too.
 const SHARED_TTL: Duration = Duration::from_secs(1);
 
-/// What an alias stands for, and whether it is pinned.
+/// What an alias stands for, whose it is, and whether it is pinned.
 #[derive(Clone, Debug)]
 pub(crate) struct Named {
     pub(crate) known: Arc<Known>,
+    pub(crate) owner: Arc<str>,
     pub(crate) pinned: bool,
 }
 

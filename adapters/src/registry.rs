@@ -213,16 +213,17 @@ pub(crate) async fn remembered<'c>(
     db: impl AnyExecutor<'c>,
     alias: &str,
     id: Generation,
-) -> Result<Option<(Known, bool)>, AdapterError> {
+) -> Result<Option<(Known, String, bool)>, AdapterError> {
     let sql = format!(
-        "{KNOWN}, a.pinned AS pinned FROM generations g JOIN aliases a ON a.generation = g.generation \
+        "{KNOWN}, a.owner AS owner, a.pinned AS pinned FROM generations g JOIN aliases a ON a.generation = g.generation \
          WHERE a.alias = $1 AND g.generation = $2 \
-         UNION ALL {KNOWN}, CAST(0 AS BIGINT) AS pinned FROM generations g JOIN history h ON h.generation = g.generation \
+         UNION ALL {KNOWN}, a.owner AS owner, CAST(0 AS BIGINT) AS pinned FROM generations g \
+         JOIN history h ON h.generation = g.generation JOIN aliases a ON a.alias = h.alias \
          WHERE h.alias = $1 AND g.generation = $2"
     );
     let statement = query(&sql).bind(alias).bind(id.to_string());
     let row = statement.fetch_optional(db).await.map_err(AdapterError::database(READ))?;
-    row.as_ref().map(|row| Ok((known(row)?, number(row, "pinned")? != 0))).transpose()
+    row.as_ref().map(|row| Ok((known(row)?, text(row, "owner")?, number(row, "pinned")? != 0))).transpose()
 }
 
 /// The lineage under which an alias of `owner` (of anybody: `None`) stands for `id` or remembers it; preferably `alias`.

@@ -225,7 +225,7 @@ impl AdapterStore {
         for tried in 1.. {
             let epoch = self.inner.names.epoch();
             let named = self.inner.block_on(self.inner.lookup(alias, wanted, epoch))?;
-            let pinned = named.pinned;
+            let (owner, pinned) = (Arc::clone(&named.owner), named.pinned);
             let lease = Lease::new(Arc::clone(&self.inner), named);
             // A change since may have removed the files before they were leased.
             if self.inner.names.epoch() == epoch {
@@ -235,7 +235,7 @@ impl AdapterStore {
                 // Something changes all the time. What the registry still names, now that it is leased, stays.
                 let now = registry::generation(self.inner.core.db.reader(), lease.generation());
                 let known = Arc::new(self.inner.block_on(now)?.ok_or_else(|| missing(name))?);
-                return Ok(Lease::new(Arc::clone(&self.inner), Named { known, pinned }));
+                return Ok(Lease::new(Arc::clone(&self.inner), Named { known, owner, pinned }));
             }
         }
         unreachable!("the last try returns")
@@ -331,15 +331,16 @@ impl Inner {
                 Some(named) => named,
                 None => {
                     let record = registry::find(db, alias).await?.ok_or_else(|| missing(alias))?;
-                    let named = Named { known: Arc::new(record.current), pinned: record.pinned };
+                    let Record { current, owner, pinned, .. } = record;
+                    let named = Named { known: Arc::new(current), owner: owner.into(), pinned };
                     self.names.keep(alias, &named, epoch);
                     named
                 }
             },
             Some(wanted) => {
                 let found = registry::remembered(db, alias, wanted).await?;
-                let (known, pinned) = found.ok_or_else(|| missing(&format!("{alias}@{wanted}")))?;
-                Named { known: Arc::new(known), pinned }
+                let (known, owner, pinned) = found.ok_or_else(|| missing(&format!("{alias}@{wanted}")))?;
+                Named { known: Arc::new(known), owner: owner.into(), pinned }
             }
         };
         if named.known.base == base_id(&self.shape) {

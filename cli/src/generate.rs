@@ -142,6 +142,7 @@ struct Answer {
     finish_reason: Option<FinishReason>,
     usage: Usage,
     generation: String,
+    receipt_id: String,
 }
 
 impl Answer {
@@ -155,6 +156,7 @@ impl Answer {
         if let Some(usage) = message.usage {
             self.usage = usage;
             self.generation = message.generation;
+            self.receipt_id = message.receipt_id;
         }
     }
 
@@ -179,6 +181,7 @@ impl Answer {
                 "completion_tokens": self.usage.completion_tokens,
             },
             "generation": self.generation,
+            "receipt_id": self.receipt_id,
         })
     }
 }

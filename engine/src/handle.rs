@@ -174,7 +174,13 @@ impl OutputStream {
     /// When the first step that computes a row of this request began; `None` while it waits.
     #[must_use]
     pub fn scheduled_at(&self) -> Option<Instant> {
-        self.control.scheduled.get().copied()
+        self.control.scheduled.get().map(|scheduled| scheduled.at)
+    }
+
+    /// Tokens of the prompt that the prefix cache supplied; 0 while the request waits.
+    #[must_use]
+    pub fn cached_prompt_tokens(&self) -> u32 {
+        self.control.scheduled.get().map_or(0, |scheduled| scheduled.cached_prompt_tokens)
     }
 
     /// The next event if it is there already: lets a reader take all that has gathered at once.

@@ -18,8 +18,17 @@ pub(crate) struct Control {
     pub(crate) stopped: AtomicU64,
     /// Why the engine gave up where the channel had no room to say so.
     pub(crate) failure: OnceLock<EngineError>,
-    /// When the first step that computes a row of it began.
-    pub(crate) scheduled: OnceLock<Instant>,
+    /// Of its first step.
+    pub(crate) scheduled: OnceLock<Scheduled>,
+}
+
+/// The step that computes a request's first row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scheduled {
+    /// When it began.
+    pub(crate) at: Instant,
+    /// Tokens of the prompt that the prefix cache supplied.
+    pub(crate) cached_prompt_tokens: u32,
 }
 
 impl Control {

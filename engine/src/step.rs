@@ -33,7 +33,7 @@ use self::readers::{Unsent, fail_reader};
 use crate::engine::Board;
 use crate::handle::Event;
 use crate::loader::{Loaded, Loader};
-use crate::request::{Command, Control, Incoming};
+use crate::request::{Command, Control, Incoming, Scheduled};
 use crate::{EngineError, EngineStats};
 
 /// How long the step thread waits when it can do nothing: what may come (a request, a cancellation, a load) is then looked for.
@@ -548,7 +548,9 @@ impl<B: Backend> StepThread<B> {
             let sequence = self.sequences.get_mut(&planned.id).expect("a planned sequence is known");
             let first_time = !std::mem::replace(&mut sequence.started, true);
             let request = self.requests.get_mut(&sequence.request).expect("a sequence's request lives");
-            request.control.scheduled.get_or_init(Instant::now);
+            let cached_prompt_tokens = planned.cached_tokens as u32;
+            // Of several samples the first runs first; the others find its prompt in the cache.
+            request.control.scheduled.get_or_init(|| Scheduled { at: Instant::now(), cached_prompt_tokens });
             let tokens = self.scheduler.tokens(planned.id).expect("a planned sequence is known");
             let (start, end) = (planned.start, planned.start + planned.rows);
             let first_row = buffers.tokens.len();
@@ -559,7 +561,7 @@ impl<B: Backend> StepThread<B> {
             buffers.rows.push(rows);
             if sequence.index == 0 {
                 if first_time {
-                    request.usage.cached_prompt_tokens = planned.cached_tokens as u32;
+                    request.usage.cached_prompt_tokens = cached_prompt_tokens;
                 }
                 if request.params.prompt_logprobs.is_some() {
                     // The row at position p scores the token at p + 1.

@@ -25,6 +25,8 @@ pub(crate) struct Wanted {
     /// Content hash of the adapter; empty for the base model.
     pub(crate) generation: String,
     pub(crate) request_id: String,
+    /// Empty where requests are not charged.
+    pub(crate) receipt_id: String,
 }
 
 /// What the reader of the events must do after one.
@@ -205,6 +207,7 @@ impl Answer {
             message.usage = Some(usage_message(&usage));
             message.generation.clone_from(&self.wanted.generation);
             message.request_id.clone_from(&self.wanted.request_id);
+            message.receipt_id.clone_from(&self.wanted.receipt_id);
         }
         Some(message)
     }
@@ -225,6 +228,7 @@ pub(crate) fn merge(response: &mut wire::GenerateResponse, message: wire::Genera
         response.usage = message.usage;
         response.generation = message.generation;
         response.request_id = message.request_id;
+        response.receipt_id = message.receipt_id;
     }
 }
 

@@ -18,6 +18,7 @@ fn wanted() -> Wanted {
         logprobs: false,
         generation: "abcd".into(),
         request_id: "mine".into(),
+        receipt_id: "c0ffee".into(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use openlora_adapters::AdapterError;
 use openlora_engine::EngineError;
+use openlora_ledger::LedgerError;
 use openlora_model::text::TextError;
 use openlora_types::{Classify, Fault, InvalidField};
 
@@ -96,6 +97,9 @@ pub enum ServerError {
     /// The engine refused or ended the request.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The ledger refused or failed.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
     /// A bound on what is done at once.
     #[error("{what}: {max} at once, the limit {limit}; retry in {retry_after:?}")]
     Busy {
@@ -144,6 +148,7 @@ impl Classify for ServerError {
         match self {
             Self::Adapter(error) => error.is_retryable(),
             Self::Engine(error) => error.is_retryable(),
+            Self::Ledger(error) => error.is_retryable(),
             Self::Text { source, .. } => source.is_retryable(),
             Self::Busy { .. } | Self::Draining | Self::Aborted => true,
             _ => false,
@@ -154,6 +159,7 @@ impl Classify for ServerError {
         match self {
             Self::Adapter(error) => error.fault(),
             Self::Engine(error) => error.fault(),
+            Self::Ledger(error) => error.fault(),
             Self::Text { source, .. } => source.fault(),
             Self::Invalid(_)
             | Self::Unauthenticated { .. }

@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use openlora_adapters::Lease;
 use openlora_engine::{OutputStream, Submit};
+use openlora_ledger::Tokens;
 use openlora_model::text::TextError;
 use openlora_proto::v1 as wire;
 use openlora_proto::v1::inference_server::Inference;
-use openlora_types::{InvalidField, TenantId, Token, Usage};
+use openlora_types::{Classify as _, Fault, InvalidField, TenantId, Token, Usage};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Code, Extensions, Request, Response, Status};
 
@@ -22,6 +23,7 @@ use crate::ServerError;
 use crate::answer::{Answer, Next, Wanted, merge};
 use crate::app::{BusyGuard, State};
 use crate::auth::Caller;
+use crate::charge::{Charge, Closing};
 use crate::convert::{self, Checked, Prompt};
 use crate::edge::{Deadline, STREAMING_CALL};
 use crate::metrics::Meter;
@@ -98,7 +100,7 @@ impl InferenceService {
         }
         let samples = checked.sampling.n;
         let adapter = checked.adapter.as_ref().map(|name| Arc::from(name.alias.as_str()));
-        let (output, answer) = self.blocking(move |state| submit(state, checked, asker, shape)).await?;
+        let (output, answer, charge) = self.blocking(move |state| submit(state, checked, asker, shape)).await?;
         meter.submitted(adapter, samples);
         Ok(AnswerStream {
             submitted: Instant::now(),
@@ -110,6 +112,8 @@ impl InferenceService {
             output: Some(output),
             samples,
             answer,
+            charge,
+            closing: None,
             meter,
             _busy: busy,
         })
@@ -119,7 +123,7 @@ impl InferenceService {
     /// went away.
     async fn blocking<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&State) -> Result<T, ServerError> + Send + 'static,
+        work: impl FnOnce(&Arc<State>) -> Result<T, ServerError> + Send + 'static,
     ) -> Result<T, ServerError> {
         let permit = Arc::clone(&self.state.preparing).try_acquire_owned().map_err(|_| ServerError::Busy {
             what: "requests are being prepared",
@@ -151,11 +155,11 @@ fn header_request_id<T>(request: &Request<T>, bytes_max: usize) -> String {
 
 /// Steps one to four on a thread that may block.
 fn submit(
-    state: &State,
+    state: &Arc<State>,
     mut checked: Checked,
     asker: Asker,
     shape: Shape,
-) -> Result<(OutputStream, Answer), ServerError> {
+) -> Result<(OutputStream, Answer, Option<Charge>), ServerError> {
     let field = checked.prompt.field();
     let prompt = tokenize(state, std::mem::replace(&mut checked.prompt, Prompt::Tokens(Vec::new())))?;
     checked.fit_prompt(field, prompt.len(), &state.bounds())?;
@@ -166,6 +170,12 @@ fn submit(
         Some(name) => Some(state.app.store.resolve(&name.to_string())?),
         None => None,
     };
+    if asker.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+        return Err(ServerError::DeadlineExceeded);
+    }
+    let completion = u64::from(checked.sampling.n) * u64::from(checked.sampling.max_tokens);
+    let tokens = Tokens { prompt: prompt.len() as u64, cached: 0, completion };
+    let charge = Charge::reserve(state, &asker.tenant.0, checked.adapter.as_ref().zip(lease.as_ref()), tokens)?;
     let wanted = Wanted {
         samples: checked.sampling.n,
         stops: checked.stops,
@@ -174,12 +184,10 @@ fn submit(
         logprobs: checked.sampling.logprobs.is_some(),
         generation: lease.as_ref().map(|lease| lease.generation().to_string()).unwrap_or_default(),
         request_id: checked.request_id,
+        receipt_id: charge.as_ref().map(|charge| charge.receipt().to_owned()).unwrap_or_default(),
     };
     let answer =
         Answer::new(state.app.tokenizer.clone(), wanted).map_err(|source| text_error("sampling.stop", source))?;
-    if asker.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-        return Err(ServerError::DeadlineExceeded);
-    }
     let output = state.app.engine.submit(Submit {
         tenant: asker.tenant,
         lease,
@@ -189,7 +197,7 @@ fn submit(
         deadline: asker.deadline,
         cache_salt: checked.cache_salt,
     })?;
-    Ok((output, answer))
+    Ok((output, answer, charge))
 }
 
 /// Text → tokens, chats through the model's template.
@@ -224,6 +232,10 @@ fn text_error(field: &'static str, source: TextError) -> ServerError {
 pub(crate) struct AnswerStream {
     output: Option<OutputStream>,
     answer: Answer,
+    /// Where requests are charged.
+    charge: Option<Charge>,
+    /// The answer is complete, and what is left of it goes out when the ledger has it.
+    closing: Option<Closing>,
     samples: u32,
     meter: Meter,
     submitted: Instant,
@@ -249,9 +261,17 @@ impl AnswerStream {
                 if let Some(at) = output.scheduled_at() {
                     self.meter.scheduled(at.saturating_duration_since(self.submitted));
                 }
+                if let Some(charge) = &mut self.charge {
+                    charge.started(output.cached_prompt_tokens());
+                }
             }
             match &event {
-                openlora_engine::Event::Token { index, .. } => self.meter.token(*index),
+                openlora_engine::Event::Token { index, .. } => {
+                    self.meter.token(*index);
+                    if let Some(charge) = &mut self.charge {
+                        charge.token();
+                    }
+                }
                 openlora_engine::Event::Finished { reason, .. } => self.meter.finished(*reason),
                 _ => {}
             }
@@ -269,6 +289,7 @@ impl AnswerStream {
         self.output = None;
         self.code = Code::Ok;
         self.meter.completed(usage);
+        self.closing = self.charge.as_mut().map(|charge| charge.complete(usage));
         self.span.in_scope(|| {
             tracing::info!(
                 prompt_tokens = usage.prompt_tokens,
@@ -282,6 +303,11 @@ impl AnswerStream {
 
     fn fail(&mut self, error: ServerError) -> Status {
         self.output = None;
+        if let Some(mut charge) = self.charge.take()
+            && error.fault() != Fault::Client
+        {
+            charge.waive();
+        }
         let status = self.span.in_scope(|| {
             tracing::info!(%error, elapsed_ms = self.meter.elapsed().as_millis() as u64, "ended early");
             Status::from(error)
@@ -302,6 +328,10 @@ impl Stream for AnswerStream {
         }
         if let Err(error) = this.take_events(cx) {
             return Poll::Ready(Some(Err(this.fail(error))));
+        }
+        if let Some(closing) = &mut this.closing {
+            std::task::ready!(closing.as_mut().poll(cx));
+            this.closing = None;
         }
         match this.answer.message() {
             Some(message) => Poll::Ready(Some(Ok(message))),

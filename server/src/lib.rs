@@ -12,6 +12,7 @@ mod adapters;
 mod answer;
 mod app;
 mod auth;
+mod charge;
 mod config;
 mod convert;
 mod edge;

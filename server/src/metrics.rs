@@ -58,6 +58,7 @@ pub(crate) struct Metrics {
     in_flight: IntGauge,
     finished: IntCounterVec,
     cached_prompt_tokens: IntCounter,
+    closed: IntCounterVec,
     adapter_requests: IntCounterVec,
     adapter_tokens: IntCounterVec,
     time_to_first_token: Histogram,
@@ -181,6 +182,11 @@ impl Metrics {
                 "openlora_cached_prompt_tokens_total",
                 "Prompt tokens of completed requests that the cache supplied.",
             )?,
+            closed: make.counters(
+                "openlora_charges_total",
+                "Requests closed in the ledger: posted, voided, or failed, which nobody paid for.",
+                &["outcome"],
+            )?,
             adapter_requests: make.counters("openlora_adapter_requests_total", "Requests by adapter.", &["adapter"])?,
             adapter_tokens: make.counters(
                 "openlora_adapter_generation_tokens_total",
@@ -221,6 +227,11 @@ impl Metrics {
     /// One call ended.
     pub(crate) fn call(&self, call: &str, code: Code) {
         self.calls.with_label_values(&[call, code_name(code)]).inc();
+    }
+
+    /// A request was closed in the ledger, or given up.
+    pub(crate) fn closed(&self, outcome: &str) {
+        self.closed.with_label_values(&[outcome]).inc();
     }
 
     /// The text exposition format, version 0.0.4.

@@ -11,6 +11,7 @@ use openlora_proto::v1::adapters_server::AdaptersServer;
 use openlora_proto::v1::inference_server::InferenceServer;
 use openlora_proto::v1::server_server::ServerServer;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
@@ -25,7 +26,7 @@ use crate::edge::EdgeLayer;
 use crate::inference::InferenceService;
 use crate::info::ServerService;
 use crate::net::{Connection, Door, HttpListener, Protocol, is_true};
-use crate::{ServerConfig, ServerError, http};
+use crate::{ServerConfig, ServerError, charge, http};
 
 /// How long connections may take to end once they were asked to.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -77,6 +78,10 @@ pub async fn run(
     ));
     let routes = routes(&state, &health)?;
     let grpc = tokio::spawn(serve_grpc(Arc::clone(&state), authenticator, routes, grpc_connections, closed));
+    let mut background = JoinSet::new();
+    if let Some(books) = state.app.books.clone().filter(|books| books.charge) {
+        background.spawn(charge::sweep(books));
+    }
     on_ready(addrs);
 
     let died = wait_for_shutdown(&state, &health, shutdown).await;
@@ -97,6 +102,8 @@ pub async fn run(
     let served = async { (grpc.await, http.await) };
     let served = tokio::time::timeout(GOODBYE, served).await;
     let _ = ending.send(true);
+    // What was cut off is still closed in the ledger.
+    let _ = tokio::time::timeout(GOODBYE, state.idle()).await;
     if let Ok((Ok(Err(error)), _)) = served {
         return Err(error);
     }

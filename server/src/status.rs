@@ -4,10 +4,11 @@
 //! What a client cannot act on (paths, panics, system errors) is logged and not sent.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use openlora_adapters::AdapterError;
 use openlora_engine::EngineError;
+use openlora_ledger::LedgerError;
 use openlora_model::text::TextError;
 use openlora_types::{Classify, Fault, InvalidField};
 use tonic::{Code, Status};
@@ -92,6 +93,7 @@ fn answer(error: &ServerError) -> Answer {
         }
         ServerError::Adapter(error) => adapter(error),
         ServerError::Engine(error) => engine(error),
+        ServerError::Ledger(error) => ledger(error),
         ServerError::Busy { limit, max, retry_after, .. } => {
             Answer::new(Code::ResourceExhausted, "TOO_MANY_AT_ONCE", text).quota(limit, max).retry(*retry_after)
         }
@@ -168,6 +170,44 @@ fn engine(error: &EngineError) -> Answer {
         EngineError::Dead(_) => dead(),
         other => fallback(other),
     }
+}
+
+fn ledger(error: &LedgerError) -> Answer {
+    let text = error.to_string();
+    match error {
+        LedgerError::Invalid(field) => invalid(field),
+        LedgerError::KeyReused { .. } => Answer::new(Code::AlreadyExists, "KEY_REUSED", text),
+        LedgerError::Unfunded { account, .. } => {
+            Answer::new(Code::FailedPrecondition, "UNFUNDED", text).resource("account", &account.to_string())
+        }
+        LedgerError::OverQuota { max, .. } => {
+            Answer::new(Code::ResourceExhausted, "OVER_QUOTA", text).quota("quota", max).retry(until_midnight())
+        }
+        LedgerError::TooManyOpen { max, .. } => Answer::new(Code::ResourceExhausted, "TOO_MANY_OPEN", text)
+            .quota("open_reservations_max", max)
+            .retry(RETRY_AFTER),
+        LedgerError::NoTerms { target, .. } => {
+            Answer::new(Code::FailedPrecondition, "NO_TERMS", text).resource("terms", target)
+        }
+        LedgerError::NotFound { what, name } => Answer::new(Code::NotFound, "NOT_FOUND", text).resource(what, name),
+        LedgerError::LimitReached { limit, max, .. } => {
+            Answer::new(Code::ResourceExhausted, "LIMIT_REACHED", text).quota(limit, max)
+        }
+        LedgerError::Database(_) | LedgerError::Stopped => Answer::new(
+            Code::Unavailable,
+            "LEDGER_UNAVAILABLE",
+            "the ledger is not available; the server's log says why",
+        )
+        .retry(RETRY_AFTER),
+        other => fallback(other),
+    }
+}
+
+/// Quotas are of days in UTC.
+fn until_midnight() -> Duration {
+    const DAY_S: u64 = 24 * 60 * 60;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    Duration::from_secs(DAY_S - now % DAY_S)
 }
 
 fn invalid(field: &InvalidField) -> Answer {
