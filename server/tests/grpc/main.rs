@@ -3,6 +3,7 @@
 
 mod adapters;
 mod auth;
+mod charging;
 mod harness;
 mod hostile;
 mod inference;
