@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes a fresh Debian or Ubuntu machine (with git, curl and python3) able to build and test OpenLoRA: a C compiler and
 # linker, g++ with its sanitisers (tests run the CUDA kernels on the host with it), pip and venv, node and npm (the contracts'
-# tools), and the Rust toolchain that rust-toolchain.toml names. Installs only what is missing and says what it does; uses sudo only for apt, and only when it is
-# not root.
+# tools), and the Rust toolchain that rust-toolchain.toml names. Installs only what is missing and says what it does; uses sudo
+# only for apt, and only when it is not root.
 #
-# Run it, or `source` it to have cargo on the PATH of the calling script too.
+# Run it, or `source` it to have cargo on the PATH of the calling script too; with `without_node=true` it leaves node out.
 set -euo pipefail
 
 _say() { printf 'prerequisites: %s\n' "$*" >&2; }
@@ -20,7 +20,7 @@ _install_packages() {
   if ! python3 -c 'import ensurepip, venv' >/dev/null 2>&1; then missing+=(python3-venv); fi
   if ! python3 -m pip --version >/dev/null 2>&1; then missing+=(python3-pip); fi
   # The contracts' compiler and test runner come from npm.
-  if ! command -v node >/dev/null || ! command -v npm >/dev/null; then missing+=(nodejs npm); fi
+  if ! ${without_node:-false} && ! { command -v node && command -v npm; } >/dev/null; then missing+=(nodejs npm); fi
   if [ "${#missing[@]}" -eq 0 ]; then return 0; fi
 
   if ! command -v apt-get >/dev/null; then

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Asks every model the same questions at the same time and prints the answers side by side.
 
-side_by_side.py OPENLORA ALIAS [ALIAS …]   (an empty alias is the base model)
+side_by_side.py [--receipts FILE] OPENLORA ALIAS [ALIAS …]   (an empty alias is the base model)
+
+FILE gets a line for each answer: its receipt and its alias.
 """
 
+import argparse
 import concurrent.futures
 import json
 import shutil
@@ -26,13 +29,22 @@ def ask(openlora, alias, question):
 
 
 def main():
-    openlora, *aliases = sys.argv[1:]
+    parser = argparse.ArgumentParser(description="Asks every model the same questions at the same time.")
+    parser.add_argument("--receipts", type=argparse.FileType("w"))
+    parser.add_argument("openlora")
+    parser.add_argument("aliases", nargs="+")
+    options = parser.parse_args()
+    openlora, aliases = options.openlora, options.aliases
     width = max(24, (min(shutil.get_terminal_size((120, 24)).columns, 160) - 3 * len(aliases)) // len(aliases))
     began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(len(QUESTIONS) * len(aliases)) as pool:
         asked = {(q, a): pool.submit(ask, openlora, a, q) for q in QUESTIONS for a in aliases}
         answers = {pair: future.result() for pair, future in asked.items()}
     seconds = time.monotonic() - began
+    if options.receipts:
+        for (_, alias), (answer, _) in answers.items():
+            print(answer["receipt_id"], alias, file=options.receipts)
+        options.receipts.close()
     for question in QUESTIONS:
         print(f"\n{question}")
         columns = []

@@ -12,12 +12,13 @@ use openlora_ledger::{
     Account, Address, Asset, Ledger, LedgerConfig, Payees, Prices, Request, Split, Target, Tokens, Usage,
 };
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::config::Config;
 use crate::{Global, block_on, load_config};
 
-/// Bytes of a line of usage at most.
+/// Bytes of a line at most.
 const LINE_BYTES_MAX: usize = 1 << 20;
 
 #[derive(Subcommand)]
@@ -101,6 +102,16 @@ pub(crate) enum LedgerCommand {
         #[arg(long)]
         key: String,
     },
+    /// Name the contributors of answers, from a file of JSON lines, so that their part is divided
+    #[command(after_help = "Example:
+  openlora ledger attribute shares.jsonl
+where a line names the receipt of an answer's last message and whose data shaped it, by weight
+  {\"receipt\": \"<32 hex digits>\", \"shares\": [[\"ann\", 3], [\"bob\", 1]], \"unattributed\": 1}
+Lines that were read before are left as they are.")]
+    Attribute {
+        /// The file
+        file: PathBuf,
+    },
     /// Charge usage and divide it, from a file of JSON lines
     #[command(after_help = "Example:
   openlora ledger post usage.jsonl
@@ -113,6 +124,16 @@ Lines that were posted before are left as they are.")]
         /// The file
         file: PathBuf,
     },
+}
+
+/// Whose data shaped one answer.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shares {
+    receipt: String,
+    shares: Vec<(String, u64)>,
+    #[serde(default)]
+    unattributed: u64,
 }
 
 /// One request's usage and whose data shaped its answer.
@@ -211,8 +232,16 @@ pub(crate) fn run(global: &Global, command: &LedgerCommand) -> Result<ExitCode> 
                 let row = ledger.set_address(key, account, Some(*address)).await?;
                 say(format!("{account} is paid at {address}, row {row}"), json!({"row": row}));
             }
+            LedgerCommand::Attribute { file } => {
+                let name = async |Shares { receipt, shares, unattributed }| {
+                    ledger.attribute(&receipt, shares, unattributed).await?;
+                    Ok(())
+                };
+                let attributed = each_line(file, name).await?;
+                say(format!("{attributed} receipts attributed"), json!({"attributed": attributed}));
+            }
             LedgerCommand::Post { file } => {
-                let posted = post(&ledger, &asset, file).await?;
+                let posted = each_line(file, async |line| post_line(&ledger, &asset, line).await).await?;
                 say(format!("{posted} requests posted"), json!({"posted": posted}));
             }
         }
@@ -231,11 +260,11 @@ fn parse_target(text: &str) -> Result<Target> {
     })
 }
 
-/// Posts every line; those before a bad one stay.
-async fn post(ledger: &Ledger, asset: &Asset, file: &Path) -> Result<usize> {
+/// Does something with every line; what was done before a bad one stays. Returns how many there were.
+async fn each_line<L: DeserializeOwned>(file: &Path, mut work: impl AsyncFnMut(L) -> Result<()>) -> Result<usize> {
     let name = file.display().to_string();
     let reader = std::io::BufReader::new(std::fs::File::open(file).with_context(|| name.clone())?);
-    let mut posted = 0;
+    let mut done = 0;
     for (number, line) in reader.lines().enumerate() {
         let at = || format!("{name}, line {}", number + 1);
         let line = line.with_context(at)?;
@@ -245,11 +274,11 @@ async fn post(ledger: &Ledger, asset: &Asset, file: &Path) -> Result<usize> {
         if line.trim().is_empty() {
             continue;
         }
-        let line: Line = serde_json::from_str(&line).with_context(at)?;
-        post_line(ledger, asset, line).await.with_context(at)?;
-        posted += 1;
+        let line = serde_json::from_str(&line).with_context(at)?;
+        work(line).await.with_context(at)?;
+        done += 1;
     }
-    Ok(posted)
+    Ok(done)
 }
 
 async fn post_line(ledger: &Ledger, asset: &Asset, line: Line) -> Result<()> {
