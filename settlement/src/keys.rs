@@ -53,6 +53,15 @@ pub enum KeyError {
         /// Its path.
         file: String,
     },
+    /// AWS KMS gave no such key.
+    #[cfg(feature = "aws-kms")]
+    #[error("could not use the key {key} of AWS KMS: {why}; it must be of the kind ECC_SECG_P256K1, and AWS_REGION and credentials set")]
+    Kms {
+        /// Its id.
+        key: String,
+        /// The service's answer.
+        why: String,
+    },
     /// The key's holder did not sign.
     #[error("could not sign with the key of {account}: {why}")]
     NotSigned {
@@ -105,6 +114,12 @@ fn read(file: &Path) -> Result<(Zeroizing<String>, u32), KeyError> {
     Ok((text, mode))
 }
 
+/// An error with what caused it: the SDK's own text stops at "service error".
+#[cfg(feature = "aws-kms")]
+fn in_full(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// A key that signs. Shown as its account.
 #[derive(Clone)]
 #[non_exhaustive]
@@ -151,6 +166,23 @@ impl Signer {
             Ok((key, _)) => claimed.sync_all().map(|()| Self::Local(key)).map_err(failed),
             Err(error) => Err(failed(std::io::Error::other(error.to_string()))),
         }
+    }
+
+    /// A key of AWS KMS, by id, ARN or alias: of the kind `ECC_SECG_P256K1`, for signing. Where it is and who asks come from where
+    /// AWS's own tools have it: `AWS_REGION`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, an instance's role.
+    ///
+    /// # Errors
+    /// [`KeyError::Kms`].
+    #[cfg(feature = "aws-kms")]
+    pub async fn kms(key: &str) -> Result<Self, KeyError> {
+        use alloy::signers::aws::{AwsSigner, aws_sdk_kms::Client};
+        use aws_smithy_http_client::{Builder, tls};
+
+        let tls = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
+        let https = Builder::new().tls_provider(tls).build_https();
+        let config = aws_config::defaults(aws_config::BehaviorVersion::latest()).http_client(https).load().await;
+        let opened = AwsSigner::new(Client::new(&config), key.to_owned(), None).await;
+        opened.map(Self::Aws).map_err(|error| KeyError::Kms { key: key.to_owned(), why: in_full(&error) })
     }
 
     /// The account that the key pays for.

@@ -99,3 +99,23 @@ async fn neither_keys_nor_passwords_nor_url_credentials_are_in_events_errors_or_
         }
     }
 }
+
+/// `OPENLORA_TEST_KMS_KEY` names a key of the KMS that `AWS_ENDPOINT_URL` and the other variables of AWS lead to.
+#[cfg(feature = "aws-kms")]
+#[tokio::test]
+#[ignore = "needs a KMS; docs/sending.md says how to run one"]
+async fn what_a_key_of_aws_kms_signs_is_taken_by_the_chain() {
+    let stage = Stage::new().await;
+    let proxy = Proxy::start(stage.anvil.port).await;
+    let key = std::env::var("OPENLORA_TEST_KMS_KEY").expect("OPENLORA_TEST_KMS_KEY");
+    let signer = Signer::kms(&key).await.expect("a key");
+    stage.anvil.ask("anvil_setBalance", json!([signer.address(), "0x8ac7230489e80000"]));
+    let url = RpcUrl::parse("rpc", &proxy.url(URL_KEY)).expect("a URL");
+    let chain = Chain::open(&url, 31337, rpc(), |_| None).await.expect("anvil answers");
+    let sender = Sender::new(chain, signer, Arc::clone(&stage.database), SenderConfig::default());
+    let id = sender.submit(&stage.count(1)).await.expect("kept");
+    turn(&sender, 0).await;
+    assert!(matches!(stage.settle(&sender, id).await, Status::Finalized { reverted: None, .. }));
+    let missing = Signer::kms("no-such-key").await.expect_err("no key");
+    assert!(missing.to_string().contains("no-such-key"), "{missing}");
+}
