@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use openlora_adapters::AdapterError;
 use openlora_engine::EngineError;
+use openlora_ledger::LedgerError;
 use openlora_model::text::TextError;
 use openlora_types::{Classify, Fault, InvalidField};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::ServerError;
+use crate::epochs::EpochsError;
 
 /// `ErrorInfo.domain` of every status.
 pub const ERROR_DOMAIN: &str = "openlora";
@@ -86,12 +88,17 @@ fn answer(error: &ServerError) -> Answer {
         ServerError::OutsideNamespace { alias, .. } => {
             Answer::new(Code::PermissionDenied, "OUTSIDE_NAMESPACE", text).resource("adapter", alias)
         }
+        ServerError::ForeignAccount { account, .. } => {
+            Answer::new(Code::PermissionDenied, "NOT_YOUR_ACCOUNT", text).resource("account", account)
+        }
         ServerError::Text { source: TextError::Invalid(field), .. } => invalid(field),
         ServerError::Text { field, source } if source.fault() == Fault::Client => {
             invalid(&InvalidField::new(*field, source.to_string()))
         }
         ServerError::Adapter(error) => adapter(error),
         ServerError::Engine(error) => engine(error),
+        ServerError::Ledger(error) => ledger(error),
+        ServerError::Epochs(error) => epochs(error),
         ServerError::Busy { limit, max, retry_after, .. } => {
             Answer::new(Code::ResourceExhausted, "TOO_MANY_AT_ONCE", text).quota(limit, max).retry(*retry_after)
         }
@@ -167,6 +174,50 @@ fn engine(error: &EngineError) -> Answer {
         EngineError::Draining => Answer::new(Code::Unavailable, "SHUTTING_DOWN", text).retry(RETRY_AFTER),
         EngineError::Dead(_) => dead(),
         other => fallback(other),
+    }
+}
+
+fn ledger(error: &LedgerError) -> Answer {
+    let text = error.to_string();
+    match error {
+        LedgerError::Invalid(field) => invalid(field),
+        LedgerError::NotFound { what, name } => {
+            Answer::new(Code::NotFound, "NOT_IN_THE_LEDGER", text).resource(what, name)
+        }
+        LedgerError::EmptyEpoch { .. } => Answer::new(Code::FailedPrecondition, "EMPTY_EPOCH", text),
+        LedgerError::Database(_) | LedgerError::Stopped => {
+            let text = "the ledger is not available; the server's log says why";
+            Answer::new(Code::Unavailable, "LEDGER_UNAVAILABLE", text).retry(RETRY_AFTER)
+        }
+        LedgerError::Damaged { row, .. } => {
+            let text = format!("row {row} of the ledger is damaged; the operator runs `openlora ledger verify`");
+            Answer::new(Code::Internal, "LEDGER_DAMAGED", text)
+        }
+        other => fallback(other),
+    }
+}
+
+fn epochs(error: &EpochsError) -> Answer {
+    let text = error.to_string();
+    match error {
+        EpochsError::NotConfigured { setting, .. } => {
+            let mut answer = Answer::new(Code::FailedPrecondition, "NOT_CONFIGURED", text);
+            answer.metadata.insert("setting".into(), (*setting).into());
+            answer
+        }
+        EpochsError::NotFound { what, name, .. } => {
+            Answer::new(Code::NotFound, "NOT_IN_THE_LEDGER", text).resource(what, name)
+        }
+        EpochsError::Refused { reason, .. } => Answer::new(Code::FailedPrecondition, reason, text),
+        EpochsError::Unavailable { .. } => {
+            Answer::new(Code::Unavailable, "SETTLEMENT_UNAVAILABLE", text).retry(RETRY_AFTER)
+        }
+        EpochsError::Busy { max } => {
+            let answer = Answer::new(Code::ResourceExhausted, "TOO_MANY_AT_ONCE", text);
+            answer.quota("epoch_calls_max", max).retry(RETRY_AFTER)
+        }
+        EpochsError::Ledger(error) => ledger(error),
+        EpochsError::Internal(_) => internal(),
     }
 }
 

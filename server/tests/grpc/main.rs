@@ -9,3 +9,4 @@ mod inference;
 mod lifecycle;
 mod limits;
 mod owners;
+mod settlement;
