@@ -125,7 +125,8 @@ impl Say {
     }
 }
 
-async fn contract(config: &Config) -> Result<Contract> {
+/// The contract of the settings.
+pub(crate) async fn contract(config: &Config) -> Result<Contract> {
     let address = &config.settlement.contract;
     if address.is_empty() {
         bail!("settlement.contract must be set to the RewardSettlement's address; `openlora chain deploy` prints it");

@@ -5,7 +5,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, local::LocalFileSystem, path::Path as Key};
+use object_store::{
+    GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, local::LocalFileSystem,
+    path::Path as Key,
+};
 use openlora_ledger::{Asset, Ledger};
 use openlora_types::InvalidField;
 
@@ -16,6 +19,8 @@ use crate::tree::Settles;
 
 /// Bytes of a bundle that are read at most.
 pub const BUNDLE_BYTES_MAX: u64 = 4 << 30;
+/// Bytes at a bundle's beginning that hold its manifest.
+const MANIFEST_BYTES_MAX: u64 = 4 << 10;
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -73,6 +78,26 @@ impl Bundles {
             return Err(SettlementError::BundleFormat { reason });
         }
         Ok(Some(bundle))
+    }
+
+    /// The manifest of a published bundle as its file says it, without the lists that it sums up; nothing where there is none.
+    ///
+    /// # Errors
+    /// [`SettlementError::Bundles`] where the store does not answer; [`SettlementError::BundleFormat`].
+    pub async fn manifest(&self, epoch: u64) -> Result<Option<Manifest>, SettlementError> {
+        let beginning = GetOptions { range: Some(GetRange::Bounded(0..MANIFEST_BYTES_MAX)), ..GetOptions::default() };
+        let found = match self.store.get_opts(&self.key(epoch), beginning).await {
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            found => found.map_err(|source| self.failed(epoch, source))?,
+        };
+        let json = found.bytes().await.map_err(|source| self.failed(epoch, source))?;
+        let manifest = json.strip_prefix(br#"{"manifest":"#).and_then(|json| {
+            // One value, whatever follows it.
+            serde_json::Deserializer::from_slice(json).into_iter::<Manifest>().next()?.ok()
+        });
+        let manifest = manifest.filter(|manifest| manifest.epoch == epoch);
+        let reason = || format!("{} does not begin with the manifest of epoch {epoch}", self.place(epoch));
+        manifest.map(Some).ok_or_else(|| SettlementError::BundleFormat { reason: reason() })
     }
 
     /// Publishes a bundle, durable and in one piece. The same once more is fine.
@@ -228,6 +253,8 @@ mod tests {
             assert!(taken.contains(&bundles.place(1)), "{taken}");
             let there = bundles.get(1).await.expect("an answer").expect("a bundle");
             assert_eq!(there.to_json(), bundle(1, 100).to_json());
+            assert_eq!(bundles.manifest(1).await.expect("an answer").as_ref(), Some(there.manifest()));
+            assert!(bundles.manifest(2).await.expect("an answer").is_none());
         }
         // Nothing is left of the put that was refused.
         let file = fs::read_dir(folder.path().join("made/here")).expect("a folder").map(|entry| entry.expect("a file"));
@@ -242,6 +269,8 @@ mod tests {
         fs::copy(folder.path().join("epoch-1.json"), folder.path().join("epoch-2.json")).expect("copied");
         let refused = bundles.get(2).await.expect_err("it is of epoch 1").to_string();
         assert!(refused.contains("epoch-2.json is of epoch 1"), "{refused}");
+        let refused = bundles.manifest(2).await.expect_err("it is of epoch 1").to_string();
+        assert!(refused.contains("epoch-2.json does not begin with the manifest of epoch 2"), "{refused}");
     }
 
     #[tokio::test]
