@@ -14,7 +14,8 @@ pub(crate) enum KeyCommand {
     /// Make a key, print it once and keep its hash; a running server knows it within a second
     #[command(after_help = "Example:\n  openlora key create --role owner --name acme")]
     Create {
-        /// What it may do: app asks, owner also registers adapters under its name, operator sees metrics, admin may all
+        /// What it may do: app asks, owner also registers adapters under its name, contributor sees what its data earned,
+        /// operator sees metrics and settles epochs, admin may all
         #[arg(long)]
         role: Role,
         /// Who it is: an owner's aliases start with it
@@ -54,7 +55,7 @@ pub(crate) fn run(global: &Global, command: &KeyCommand) -> Result<ExitCode> {
                 println!("{}", serde_json::Value::Array(keys.collect()));
             } else {
                 for key in keys {
-                    println!("{:24} {:8} {}", key.name, key.role.to_string(), key.id());
+                    println!("{:24} {:11} {}", key.name, key.role.to_string(), key.id());
                 }
             }
         }

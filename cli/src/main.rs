@@ -9,6 +9,7 @@ mod chain;
 mod check;
 mod client;
 mod config;
+mod desk;
 mod device;
 mod doctor;
 mod generate;

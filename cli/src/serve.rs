@@ -10,12 +10,13 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use openlora_adapters::{AdapterError, AdapterStore, BaseRows, StoreConfig};
 use openlora_model::ModelFiles;
-use openlora_server::{App, Auth, Books, EngineLimits, ModelFacts, ServerConfig, Tls};
+use openlora_server::{App, Auth, Books, EngineLimits, Epochs, ModelFacts, ServerConfig, Tls};
 use openlora_types::{Module, Site};
 use toml::Value;
 
 use crate::check::ServingProbe;
 use crate::config::{Config, Flag};
+use crate::desk::Desk;
 use crate::device::{self, Device, LoadedModel};
 use crate::{Global, ledger, load_config};
 
@@ -106,10 +107,12 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
         charge: config.ledger.charge,
         base_owner: Some(config.ledger.base_owner.clone()).filter(|name| !name.is_empty()),
     };
+    let epochs = Desk::open(&config, &books)?;
     let app = App {
         engine: engine.clone(),
         store: Arc::new(store),
         books: Some(books.clone()),
+        epochs: epochs.map(|desk| Arc::new(desk) as Arc<dyn Epochs>),
         tokenizer: files.tokenizer()?,
         template: files.chat_template()?.map(Arc::new),
         engine_limits: EngineLimits {

@@ -4,11 +4,11 @@ use openlora_database::DatabaseError;
 use sqlx::{Any, pool::PoolConnection, query};
 
 use crate::{
-    account::{Account, Asset},
+    account::{Account, Address, Asset},
     error::LedgerError,
     ledger::{Ledger, mismatch},
     row::Effect,
-    tables::{READ, amount, i, journal_row, read_error},
+    tables::{READ, amount, bytes, i, journal_row, read_error},
 };
 
 /// What an account has of an asset.
@@ -71,6 +71,16 @@ impl Ledger {
         let row = statement.fetch_optional(self.db.reader()).await.map_err(read_error)?;
         let holding = |row| Ok(Holding { credits: amount(&row, "credits")?, debits: amount(&row, "debits")? });
         row.map_or(Ok(Holding::default()), holding)
+    }
+
+    /// Where `account` is paid from the next seal on; none where what it gets accrues.
+    ///
+    /// # Errors
+    /// [`LedgerError::Database`].
+    pub async fn address(&self, account: &Account) -> Result<Option<Address>, LedgerError> {
+        let statement = query("SELECT address FROM ledger_addresses WHERE account = $1").bind(account.to_string());
+        let row = statement.fetch_optional(self.db.reader()).await.map_err(read_error)?;
+        row.map(|row| Ok(Address(bytes(&row, "address")?))).transpose()
     }
 
     /// The account's movements in at most `limit` rows beyond the row `cursor` (`None`: from the end that `order`

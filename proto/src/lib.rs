@@ -1,5 +1,5 @@
-//! The wire interface: `openlora/v1/openlora.proto` and the code generated from it, nothing else. Only the server, the
-//! command line and the load generator see these types.
+//! The wire interface: `openlora/v1/openlora.proto`, `settlement.proto` beside it and the code generated from them, nothing
+//! else. Only the server, the command line and the load generator see these types.
 
 /// Package `openlora.v1`.
 #[allow(missing_docs, clippy::all, unreachable_pub)]

@@ -237,7 +237,8 @@ impl Adapters for AdaptersService {
     }
 }
 
-fn split<T>(request: Request<T>) -> Result<(Caller, T), ServerError> {
+/// Who asks, and what.
+pub(crate) fn split<T>(request: Request<T>) -> Result<(Caller, T), ServerError> {
     let (_, extensions, message) = request.into_parts();
     let caller = extensions.get::<Caller>().cloned().ok_or(ServerError::Internal("a call without a caller"))?;
     Ok((caller, message))

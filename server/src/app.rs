@@ -1,7 +1,6 @@
 //! What the server serves, put together by the composition root, and what all its calls share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use openlora_adapters::AdapterStore;
@@ -12,6 +11,7 @@ use openlora_types::{Generation, ModelShape, Token};
 use tokio::sync::{Mutex, Semaphore, watch};
 
 use crate::convert::Bounds;
+use crate::epochs::Epochs;
 use crate::metrics::Metrics;
 use crate::{ServerConfig, ServerError};
 
@@ -23,6 +23,8 @@ pub struct App {
     pub store: Arc<AdapterStore>,
     /// Who pays for requests and who is owed for them; without it nobody is charged.
     pub books: Option<Books>,
+    /// What brings epochs of the ledger to a chain; without it they are sealed by others, and stay in the ledger.
+    pub epochs: Option<Arc<dyn Epochs>>,
     /// Of the base model.
     pub tokenizer: Tokenizer,
     /// Of the base model, where it has one; chat requests are refused without.
@@ -85,7 +87,7 @@ pub(crate) struct State {
     pub(crate) uploads: Arc<Semaphore>,
     /// The adapters that the engine was last told to keep on the device.
     pub(crate) pinned: Mutex<Vec<Generation>>,
-    draining: AtomicBool,
+    draining: watch::Sender<bool>,
     /// Calls that shutdown waits for.
     busy: watch::Sender<usize>,
 }
@@ -99,7 +101,7 @@ impl State {
             preparing: Arc::new(Semaphore::new(config.limits.waiting_requests_max)),
             uploads: Arc::new(Semaphore::new(config.limits.uploads_max)),
             pinned: Mutex::default(),
-            draining: AtomicBool::new(false),
+            draining: watch::Sender::new(false),
             busy: watch::Sender::new(0),
             app,
             config,
@@ -119,12 +121,18 @@ impl State {
     }
 
     pub(crate) fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Acquire)
+        *self.draining.borrow()
     }
 
     pub(crate) fn start_draining(&self) {
-        self.draining.store(true, Ordering::Release);
+        self.draining.send_replace(true);
         self.app.engine.drain();
+    }
+
+    /// Resolves when draining begins.
+    pub(crate) async fn drained(&self) {
+        // The sender is ours, so it cannot be gone.
+        let _ = self.draining.subscribe().wait_for(|draining| *draining).await;
     }
 
     /// Whether new requests are likely to be served.

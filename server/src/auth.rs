@@ -33,6 +33,11 @@ impl Caller {
         Actor { name: self.name.to_string(), admin: self.role == Role::Admin }
     }
 
+    /// Whether it may see every account.
+    pub(crate) fn operates(&self) -> bool {
+        matches!(self.role, Role::Operator | Role::Admin)
+    }
+
     /// Refuses an alias outside the caller's namespace: `acme` and `acme/…` for the key named `acme`. Without it, the
     /// first owner to come could take the name another's applications ask for.
     pub(crate) fn check_namespace(&self, alias: &Alias) -> Result<(), ServerError> {
@@ -58,9 +63,10 @@ pub(crate) enum Access {
 const USE: Access = Access::Roles(&[Role::App, Role::Owner, Role::Admin]);
 const CHANGE: Access = Access::Roles(&[Role::Owner, Role::Admin]);
 const ADMIN: Access = Access::Roles(&[Role::Admin]);
+const OPERATE: Access = Access::Roles(&[Role::Operator, Role::Admin]);
 
 /// Who may read `/metrics`.
-pub(crate) const METRICS: Access = Access::Roles(&[Role::Operator, Role::Admin]);
+pub(crate) const METRICS: Access = OPERATE;
 
 /// One gRPC call: its short name for metrics and spans, and its rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +96,15 @@ pub(crate) fn call(path: &str) -> Call {
         "/openlora.v1.Adapters/SetQuota" => ("Adapters.SetQuota", ADMIN, true),
         "/openlora.v1.Server/GetInfo" => ("Server.GetInfo", Access::Key, false),
         "/openlora.v1.Server/GetModel" => ("Server.GetModel", Access::Key, false),
+        // Their own accounts only, but for operators and administrators: `settlement.rs` looks.
+        "/openlora.v1.Settlement/GetBalance" => ("Settlement.GetBalance", Access::Key, false),
+        "/openlora.v1.Settlement/ListEntries" => ("Settlement.ListEntries", Access::Key, false),
+        "/openlora.v1.Settlement/GetClaimProof" => ("Settlement.GetClaimProof", Access::Key, false),
+        "/openlora.v1.Settlement/GetEpoch" => ("Settlement.GetEpoch", Access::Key, false),
+        "/openlora.v1.Settlement/ListEpochs" => ("Settlement.ListEpochs", Access::Key, false),
+        "/openlora.v1.Settlement/WatchEpochs" => ("Settlement.WatchEpochs", Access::Key, true),
+        "/openlora.v1.Settlement/SealEpoch" => ("Settlement.SealEpoch", OPERATE, true),
+        "/openlora.v1.Settlement/ProposeEpoch" => ("Settlement.ProposeEpoch", OPERATE, true),
         "/grpc.health.v1.Health/Check" | "/grpc.health.v1.Health/List" | "/grpc.health.v1.Health/Watch" => {
             ("Health", Access::Open, false)
         }
@@ -191,7 +206,7 @@ mod tests {
                 }
             }
         }
-        assert!(seen >= 14, "{seen} methods");
+        assert!(seen >= 22, "{seen} methods");
         assert_eq!(call("/openlora.v2.New/Call").access, ADMIN);
     }
 
@@ -223,10 +238,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("temporary folder");
         let path = folder.path().join("keys.json");
         let store = KeyStore::open(&path).expect("store");
-        let roles = [Role::App, Role::Owner, Role::Operator, Role::Admin];
+        let roles = [Role::App, Role::Owner, Role::Contributor, Role::Operator, Role::Admin];
         let keys = roles.map(|role| store.create(&role.to_string(), role).expect("created"));
         let doors = Authenticator::new(&Auth::Keys { path }).expect("authenticator");
-        let check = |access: Access, allowed: [bool; 4]| {
+        let check = |access: Access, allowed: [bool; 5]| {
             for ((role, key), allowed) in roles.iter().zip(&keys).zip(allowed) {
                 let sent = headers(&[("x-api-key", key.reveal())]);
                 match doors.admit(&sent, access, "Call") {
@@ -237,11 +252,11 @@ mod tests {
             let error = doors.admit(&headers(&[]), access, "Call").expect_err("no key");
             assert!(matches!(error, ServerError::Unauthenticated { .. }));
         };
-        check(USE, [true, true, false, true]);
-        check(CHANGE, [false, true, false, true]);
-        check(METRICS, [false, false, true, true]);
-        check(ADMIN, [false, false, false, true]);
-        check(Access::Key, [true; 4]);
+        check(USE, [true, true, false, false, true]);
+        check(CHANGE, [false, true, false, false, true]);
+        check(OPERATE, [false, false, false, true, true]);
+        check(ADMIN, [false, false, false, false, true]);
+        check(Access::Key, [true; 5]);
         assert_eq!(doors.admit(&headers(&[]), Access::Open, "Health").expect("open"), None);
     }
 

@@ -10,6 +10,7 @@ use openlora_ledger::LedgerError;
 use openlora_model::text::TextError;
 use openlora_types::{Classify, Fault, InvalidField};
 
+use crate::epochs::EpochsError;
 use crate::keys::{KeyError, Role};
 
 /// Errors of this room.
@@ -83,6 +84,17 @@ pub enum ServerError {
         /// The owner.
         owner: String,
     },
+    /// A caller reached for an account of others.
+    #[error(
+        "{account} is not an account of {name}: ask for one of application, pending, owner, contributor or base, such as owner/{name}, or \
+         for one's own address"
+    )]
+    ForeignAccount {
+        /// The account.
+        account: String,
+        /// The caller.
+        name: String,
+    },
     /// The prompt could not be rendered or tokenized.
     #[error("{field}: {source}")]
     Text {
@@ -100,6 +112,9 @@ pub enum ServerError {
     /// The ledger refused or failed.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+    /// An epoch does not get on.
+    #[error(transparent)]
+    Epochs(#[from] EpochsError),
     /// A bound on what is done at once.
     #[error("{what}: {max} at once, the limit {limit}; retry in {retry_after:?}")]
     Busy {
@@ -149,6 +164,7 @@ impl Classify for ServerError {
             Self::Adapter(error) => error.is_retryable(),
             Self::Engine(error) => error.is_retryable(),
             Self::Ledger(error) => error.is_retryable(),
+            Self::Epochs(error) => error.is_retryable(),
             Self::Text { source, .. } => source.is_retryable(),
             Self::Busy { .. } | Self::Draining | Self::Aborted => true,
             _ => false,
@@ -160,11 +176,13 @@ impl Classify for ServerError {
             Self::Adapter(error) => error.fault(),
             Self::Engine(error) => error.fault(),
             Self::Ledger(error) => error.fault(),
+            Self::Epochs(error) => error.fault(),
             Self::Text { source, .. } => source.fault(),
             Self::Invalid(_)
             | Self::Unauthenticated { .. }
             | Self::Forbidden { .. }
             | Self::OutsideNamespace { .. }
+            | Self::ForeignAccount { .. }
             | Self::Idle { .. }
             | Self::MessageTooLarge { .. }
             | Self::Undecodable

@@ -35,7 +35,9 @@ pub enum Role {
     App,
     /// Also adapters under its own name.
     Owner,
-    /// Server information and metrics.
+    /// Seeing what its data has earned, and where epochs are.
+    Contributor,
+    /// Server information and metrics; epochs, and every account.
     Operator,
     /// Everything.
     Admin,
@@ -46,6 +48,7 @@ impl fmt::Display for Role {
         f.write_str(match self {
             Self::App => "app",
             Self::Owner => "owner",
+            Self::Contributor => "contributor",
             Self::Operator => "operator",
             Self::Admin => "admin",
         })
@@ -59,9 +62,10 @@ impl std::str::FromStr for Role {
         match text {
             "app" => Ok(Self::App),
             "owner" => Ok(Self::Owner),
+            "contributor" => Ok(Self::Contributor),
             "operator" => Ok(Self::Operator),
             "admin" => Ok(Self::Admin),
-            _ => Err(InvalidField::new("role", "must be app, owner, operator or admin")),
+            _ => Err(InvalidField::new("role", "must be app, owner, contributor, operator or admin")),
         }
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use openlora_proto::v1::adapters_server::AdaptersServer;
 use openlora_proto::v1::inference_server::InferenceServer;
 use openlora_proto::v1::server_server::ServerServer;
+use openlora_proto::v1::settlement_server::SettlementServer;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt as _;
@@ -26,13 +27,15 @@ use crate::edge::EdgeLayer;
 use crate::inference::InferenceService;
 use crate::info::ServerService;
 use crate::net::{Connection, Door, HttpListener, Protocol, is_true};
+use crate::settlement::SettlementService;
 use crate::{ServerConfig, ServerError, charge, http};
 
 /// How long connections may take to end once they were asked to.
 const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Services whose health is reported, the empty name for all of them.
-const HEALTH_NAMES: [&str; 4] = ["", "openlora.v1.Inference", "openlora.v1.Adapters", "openlora.v1.Server"];
+const HEALTH_NAMES: [&str; 5] =
+    ["", "openlora.v1.Inference", "openlora.v1.Adapters", "openlora.v1.Settlement", "openlora.v1.Server"];
 
 /// Where the doors are, ports chosen by the system included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,10 +146,12 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, ServerE
     };
     let inference = InferenceServer::new(InferenceService { state: Arc::clone(state) });
     let adapters = AdaptersServer::new(AdaptersService { state: Arc::clone(state) });
+    let settlement = SettlementServer::new(SettlementService::new(Arc::clone(state)));
     let server = ServerServer::new(ServerService { state: Arc::clone(state) });
     let health = tonic_health::server::HealthService::from_health_reporter(health.clone());
     Ok(Routes::new(inference.max_decoding_message_size(message_bytes_max))
         .add_service(adapters.max_decoding_message_size(message_bytes_max))
+        .add_service(settlement.max_decoding_message_size(message_bytes_max))
         .add_service(server.max_decoding_message_size(message_bytes_max))
         .add_service(tonic_health::pb::health_server::HealthServer::new(health).max_decoding_message_size(1 << 10))
         .add_service(reflection().build_v1().map_err(start)?.max_decoding_message_size(1 << 14))

@@ -15,6 +15,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::ServerError;
+use crate::epochs::EpochsError;
 
 /// `ErrorInfo.domain` of every status.
 pub const ERROR_DOMAIN: &str = "openlora";
@@ -87,6 +88,9 @@ fn answer(error: &ServerError) -> Answer {
         ServerError::OutsideNamespace { alias, .. } => {
             Answer::new(Code::PermissionDenied, "OUTSIDE_NAMESPACE", text).resource("adapter", alias)
         }
+        ServerError::ForeignAccount { account, .. } => {
+            Answer::new(Code::PermissionDenied, "NOT_YOUR_ACCOUNT", text).resource("account", account)
+        }
         ServerError::Text { source: TextError::Invalid(field), .. } => invalid(field),
         ServerError::Text { field, source } if source.fault() == Fault::Client => {
             invalid(&InvalidField::new(*field, source.to_string()))
@@ -94,6 +98,7 @@ fn answer(error: &ServerError) -> Answer {
         ServerError::Adapter(error) => adapter(error),
         ServerError::Engine(error) => engine(error),
         ServerError::Ledger(error) => ledger(error),
+        ServerError::Epochs(error) => epochs(error),
         ServerError::Busy { limit, max, retry_after, .. } => {
             Answer::new(Code::ResourceExhausted, "TOO_MANY_AT_ONCE", text).quota(limit, max).retry(*retry_after)
         }
@@ -189,7 +194,14 @@ fn ledger(error: &LedgerError) -> Answer {
         LedgerError::NoTerms { target, .. } => {
             Answer::new(Code::FailedPrecondition, "NO_TERMS", text).resource("terms", target)
         }
-        LedgerError::NotFound { what, name } => Answer::new(Code::NotFound, "NOT_FOUND", text).resource(what, name),
+        LedgerError::NotFound { what, name } => {
+            Answer::new(Code::NotFound, "NOT_IN_THE_LEDGER", text).resource(what, name)
+        }
+        LedgerError::EmptyEpoch { .. } => Answer::new(Code::FailedPrecondition, "EMPTY_EPOCH", text),
+        LedgerError::Damaged { row, .. } => {
+            let text = format!("row {row} of the ledger is damaged; the operator runs `openlora ledger verify`");
+            Answer::new(Code::Internal, "LEDGER_DAMAGED", text)
+        }
         LedgerError::LimitReached { limit, max, .. } => {
             Answer::new(Code::ResourceExhausted, "LIMIT_REACHED", text).quota(limit, max)
         }
@@ -208,6 +220,30 @@ fn until_midnight() -> Duration {
     const DAY_S: u64 = 24 * 60 * 60;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     Duration::from_secs(DAY_S - now % DAY_S)
+}
+
+fn epochs(error: &EpochsError) -> Answer {
+    let text = error.to_string();
+    match error {
+        EpochsError::NotConfigured { setting, .. } => {
+            let mut answer = Answer::new(Code::FailedPrecondition, "NOT_CONFIGURED", text);
+            answer.metadata.insert("setting".into(), (*setting).into());
+            answer
+        }
+        EpochsError::NotFound { what, name, .. } => {
+            Answer::new(Code::NotFound, "NOT_IN_THE_LEDGER", text).resource(what, name)
+        }
+        EpochsError::Refused { reason, .. } => Answer::new(Code::FailedPrecondition, reason, text),
+        EpochsError::Unavailable { .. } => {
+            Answer::new(Code::Unavailable, "SETTLEMENT_UNAVAILABLE", text).retry(RETRY_AFTER)
+        }
+        EpochsError::Busy { max } => {
+            let answer = Answer::new(Code::ResourceExhausted, "TOO_MANY_AT_ONCE", text);
+            answer.quota("epoch_calls_max", max).retry(RETRY_AFTER)
+        }
+        EpochsError::Ledger(error) => ledger(error),
+        EpochsError::Internal(_) => internal(),
+    }
 }
 
 fn invalid(field: &InvalidField) -> Answer {
@@ -292,6 +328,17 @@ mod tests {
             (ServerError::Idle { what: "a chunk", limit: second }, Code::DeadlineExceeded, "CLIENT_TOO_SLOW"),
             (ServerError::MessageTooLarge { max: 4 }, Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
             (ServerError::Undecodable, Code::InvalidArgument, "INVALID_FIELD"),
+            (
+                LedgerError::NoTerms { what: "split".into(), target: "base".into() }.into(),
+                Code::FailedPrecondition,
+                "NO_TERMS",
+            ),
+            (LedgerError::Stopped.into(), Code::Unavailable, "LEDGER_UNAVAILABLE"),
+            (
+                LedgerError::TooManyOpen { application: "shop".into(), max: 1 }.into(),
+                Code::ResourceExhausted,
+                "TOO_MANY_OPEN",
+            ),
             (ServerError::Draining, Code::Unavailable, "SHUTTING_DOWN"),
             (ServerError::Internal("details in /secret/path"), Code::Internal, "INTERNAL"),
         ];

@@ -254,7 +254,17 @@ impl Contract {
         self.standing_in(&self.state(at).await?, epoch, root, at).await
     }
 
-    async fn standing_in(&self, state: &State, epoch: u64, root: B256, at: At) -> Result<Standing, SettlementError> {
+    /// As [`Contract::standing`], where the contract's `state` at that block is known.
+    ///
+    /// # Errors
+    /// The node's.
+    pub async fn standing_in(
+        &self,
+        state: &State,
+        epoch: u64,
+        root: B256,
+        at: At,
+    ) -> Result<Standing, SettlementError> {
         if epoch <= state.epoch {
             let found = self.finalized_root(epoch, at).await?;
             let same = found == root;

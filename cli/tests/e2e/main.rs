@@ -4,4 +4,5 @@ mod answers;
 mod commands;
 mod lifecycle;
 mod settlement;
+mod settlement_door;
 mod support;

@@ -12,7 +12,7 @@ const BOB: &str = "0x00000000000000000000000000000000000a0002";
 const ACME: &str = "0x00000000000000000000000000000000000a0003";
 
 /// `openlora chain dev`, ended when dropped.
-struct LocalChain(Child);
+pub(crate) struct LocalChain(Child);
 
 impl Drop for LocalChain {
     fn drop(&mut self) {
@@ -23,13 +23,13 @@ impl Drop for LocalChain {
 }
 
 /// A home with a local chain of its own.
-struct Operator {
-    home: tempfile::TempDir,
-    _chain: LocalChain,
+pub(crate) struct Operator {
+    pub(crate) home: tempfile::TempDir,
+    pub(crate) chain: LocalChain,
 }
 
 impl Operator {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let home = tempfile::tempdir().expect("a temporary folder");
         // Where scripts/fetch-anvil.sh puts it.
         let fetched = match std::env::var_os("OPENLORA_HOME") {
@@ -47,11 +47,11 @@ impl Operator {
             serde_json::from_str(&line).unwrap_or_else(|_| panic!("run scripts/fetch-anvil.sh: {line:?}"));
         let names = ["chain_id", "token", "timelock", "governor", "settlement", "datanets", "models"];
         assert!(names.iter().all(|name| !addresses[name].is_null()), "{addresses}");
-        Self { home, _chain: chain }
+        Self { home, chain }
     }
 
     /// The settings that `chain dev` printed.
-    fn settings(&self) -> Vec<(String, String)> {
+    pub(crate) fn settings(&self) -> Vec<(String, String)> {
         let text = std::fs::read_to_string(self.home.path().join("chain-dev/settings.sh")).expect("settings");
         let export = |line: &str| {
             let (name, value) = line.strip_prefix("export ")?.split_once('=')?;
@@ -68,7 +68,7 @@ impl Operator {
     }
 
     /// What a command answers in JSON, one value for each line.
-    fn json(&self, args: &[&str]) -> Vec<Value> {
+    pub(crate) fn json(&self, args: &[&str]) -> Vec<Value> {
         let output = self.command(&[&["--json"], args].concat()).output().expect("it runs");
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{args:?}: {error}");

@@ -10,6 +10,7 @@ use openlora_proto::v1::adapters_client::AdaptersClient;
 use openlora_proto::v1::generate_request::Prompt;
 use openlora_proto::v1::inference_client::InferenceClient;
 use openlora_proto::v1::server_client::ServerClient;
+use openlora_proto::v1::settlement_client::SettlementClient;
 use openlora_proto::v1::upload_adapter_request::Part;
 use openlora_proto::v1::{
     Adapter, GenerateRequest, GenerateResponse, OutputOptions, SamplingParameters, TokenIds, UploadAdapterRequest,
@@ -217,6 +218,10 @@ impl Client {
 
     pub(crate) fn server(&self) -> ServerClient<Keyed> {
         ServerClient::new(self.keyed())
+    }
+
+    pub(crate) fn settlement(&self) -> SettlementClient<Keyed> {
+        SettlementClient::new(self.keyed())
     }
 
     /// Uploads a fixture's folder.

@@ -53,6 +53,8 @@ fn promised(path: &str) -> &'static [Role] {
         "Register" | "Upload" | "Unregister" | "SetAlias" | "Pin" | "GetQuota" => &[Role::Owner, Role::Admin],
         "SetQuota" => &[Role::Admin],
         "GetInfo" | "GetModel" => &ROLES,
+        "GetBalance" | "ListEntries" | "GetClaimProof" | "GetEpoch" | "ListEpochs" | "WatchEpochs" => &ROLES,
+        "SealEpoch" | "ProposeEpoch" => &[Role::Operator, Role::Admin],
         _ => &[],
     }
 }
@@ -62,7 +64,7 @@ async fn every_call_lets_in_exactly_the_roles_it_promises() {
     let server = TestServer::start().await;
     let channel = server.channel().await;
     let methods = methods();
-    assert_eq!(methods.len(), 14);
+    assert_eq!(methods.len(), 22);
     for path in &methods {
         for role in ROLES {
             let code =
@@ -87,7 +89,8 @@ async fn health_is_open_and_reflection_lists_the_services_to_key_holders() {
     let server = TestServer::start().await;
     let channel = server.channel().await;
     let mut health = HealthClient::new(channel.clone());
-    for service in ["", "openlora.v1.Inference", "openlora.v1.Adapters", "openlora.v1.Server"] {
+    for service in ["", "openlora.v1.Inference", "openlora.v1.Adapters", "openlora.v1.Settlement", "openlora.v1.Server"]
+    {
         let answer = health.check(HealthCheckRequest { service: service.into() }).await.expect("open").into_inner();
         assert_eq!(answer.status(), ServingStatus::Serving, "{service}");
     }
@@ -110,7 +113,13 @@ async fn health_is_open_and_reflection_lists_the_services_to_key_holders() {
         .expect("an answer");
     let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else { panic!("{answer:?}") };
     let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
-    for name in ["openlora.v1.Inference", "openlora.v1.Adapters", "openlora.v1.Server", "grpc.health.v1.Health"] {
+    for name in [
+        "openlora.v1.Inference",
+        "openlora.v1.Adapters",
+        "openlora.v1.Settlement",
+        "openlora.v1.Server",
+        "grpc.health.v1.Health",
+    ] {
         assert!(names.contains(&name), "{names:?}");
     }
 

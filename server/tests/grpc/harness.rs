@@ -20,8 +20,11 @@ use openlora_proto::v1::adapters_client::AdaptersClient;
 use openlora_proto::v1::generate_request::Prompt;
 use openlora_proto::v1::inference_client::InferenceClient;
 use openlora_proto::v1::server_client::ServerClient;
+use openlora_proto::v1::settlement_client::SettlementClient;
 use openlora_server::keys::{KeyStore, Role};
-use openlora_server::{App, Auth, Books, BoundAddrs, EngineLimits, ModelFacts, ServerConfig, ServerError, Tls, run};
+use openlora_server::{
+    App, Auth, Books, BoundAddrs, EngineLimits, Epochs, ModelFacts, ServerConfig, ServerError, Tls, run,
+};
 use openlora_types::{Limits, Token};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -41,7 +44,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Tokens of the served context: enough for an answer to be still running whenever a test looks.
 const CONTEXT: usize = 16_384;
 
-pub(crate) const ROLES: [Role; 4] = [Role::App, Role::Owner, Role::Operator, Role::Admin];
+pub(crate) const ROLES: [Role; 5] = [Role::App, Role::Owner, Role::Contributor, Role::Operator, Role::Admin];
 
 pub(crate) fn fixture(path: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures")).join(path)
@@ -58,6 +61,8 @@ pub(crate) struct Setup {
     pub(crate) device: Option<Arc<Emulated>>,
     /// A ledger of the test's.
     pub(crate) books: Option<Books>,
+    /// What stands for a chain in the test.
+    pub(crate) epochs: Option<Arc<dyn Epochs>>,
 }
 
 /// A server, its rooms and its keys. Dropping it leaves it to the runtime; [`TestServer::stop`] waits.
@@ -103,6 +108,7 @@ impl TestServer {
             with_tls: false,
             device: None,
             books: None,
+            epochs: None,
         };
         change(&mut setup);
         let path = folder.path().join("keys.json");
@@ -164,6 +170,10 @@ impl TestServer {
 
     pub(crate) async fn adapters(&self, role: Role) -> AdaptersClient<Keyed> {
         AdaptersClient::with_interceptor(self.channel().await, self.key(role))
+    }
+
+    pub(crate) async fn settlement(&self, role: Role) -> SettlementClient<Keyed> {
+        SettlementClient::with_interceptor(self.channel().await, self.key(role))
     }
 
     /// A client of another owner, whose key is made now.
@@ -318,6 +328,7 @@ fn app(folder: &Path, setup: &Setup) -> App {
         engine,
         store: Arc::new(store),
         books: setup.books.clone(),
+        epochs: setup.epochs.clone(),
         tokenizer,
         template: Some(Arc::new(template)),
         model: ModelFacts {

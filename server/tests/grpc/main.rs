@@ -10,3 +10,4 @@ mod inference;
 mod lifecycle;
 mod limits;
 mod owners;
+mod settlement;
