@@ -118,11 +118,8 @@ pub enum LedgerError {
         /// Where.
         row: u64,
     },
-    /// Nothing was written since the last epoch, or nobody is to be paid by the first. FAILED_PRECONDITION.
-    #[error(
-        "there is nothing to seal since epoch {last}: nothing was written, or nobody who has an address has earned anything; seal \
-         again when that has changed"
-    )]
+    /// Nothing was written since the last epoch. FAILED_PRECONDITION.
+    #[error("nothing was written since epoch {last} was sealed; seal again when something was")]
     EmptyEpoch {
         /// The last epoch, 0 where there is none.
         last: u64,

@@ -33,6 +33,8 @@ async fn amounts_accrue_without_an_address_and_a_later_address_changes_no_sealed
     ledger.deposit("d", "app", &usd(), 100_000).await.expect("deposited");
     let (owner, operator) = (Account::Owner("acme".into()), Account::Operator);
     ledger.set_address("1", &owner, Some(address(1))).await.expect("set");
+    let addresses = [ledger.address(&owner).await.expect("read"), ledger.address(&operator).await.expect("read")];
+    assert_eq!(addresses, [Some(address(1)), None]);
     pay(&ledger, "a", Some("ra")).await;
     let first = ledger.seal().await.expect("sealed");
     assert_eq!((first.number, first.first, first.row), (1, 1, first.last + 1));
@@ -67,29 +69,10 @@ async fn amounts_accrue_without_an_address_and_a_later_address_changes_no_sealed
 }
 
 #[tokio::test]
-async fn the_first_epoch_waits_for_somebody_to_pay() {
-    let Bench { ledger, dir: _dir, .. } = Bench::new().await;
-    ledger.deposit("d", "app", &usd(), 100_000).await.expect("deposited");
-    pay(&ledger, "a", None).await;
-    // An epoch without accounts has no root, and a chain takes no second one without the first.
-    let empty = ledger.seal().await.expect_err("nobody has an address");
-    assert!(matches!(empty, LedgerError::EmptyEpoch { last: 0 }), "{empty}");
-    assert_eq!(ledger.address(&Account::Operator).await.expect("read"), None);
-    ledger.set_address("1", &Account::Operator, Some(address(1))).await.expect("set");
-    assert_eq!(ledger.address(&Account::Operator).await.expect("read"), Some(address(1)));
-    ledger.seal().await.expect("sealed");
-    // A later one may add nothing: amounts are cumulative.
-    ledger.deposit("e", "app", &usd(), 1).await.expect("deposited");
-    assert_eq!(ledger.seal().await.expect("sealed").paid, []);
-    ledger.verify(|_, _| ()).await.expect("whole");
-}
-
-#[tokio::test]
 async fn receipts_of_an_epoch_are_those_charged_and_those_settled_in_it() {
     let config = LedgerConfig { page_rows_max: 2, ..LedgerConfig::default() };
     let Bench { ledger, dir: _dir, .. } = Bench::with(config).await;
     ledger.deposit("d", "app", &usd(), 100_000).await.expect("deposited");
-    ledger.set_address("1", &Account::Operator, Some(address(1))).await.expect("set");
     pay(&ledger, "a", Some("ra")).await;
     pay(&ledger, "b", Some("rb")).await;
     ledger.attribute("ra", vec![("ann".into(), 1)], 0).await.expect("attributed");
