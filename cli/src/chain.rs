@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +32,11 @@ const RICH: u128 = 10_000 * 1_000_000_000_000_000_000;
 pub(crate) enum ChainCommand {
     /// Start a local OP-style chain, deploy everything, print the addresses; Ctrl-C ends it
     Dev(DevArgs),
+    /// Make a key that pays: an encrypted keystore and its password, where the settings say; prints its account
+    #[command(after_help = "Example:
+  openlora chain key
+The password's file is made with it, unless it is there already.")]
+    Key,
     /// Deploy everything with the key of the settings; goes on where a deployment was cut off
     Deploy(DeployArgs),
 }
@@ -53,7 +58,7 @@ pub(crate) struct DevArgs {
 #[derive(Args)]
 #[command(after_help = "Example:
   openlora chain deploy --rpc https://sepolia.base.org --chain-id 84532
-Set settlement.keystore and settlement.password_file first; the key's account begins as proposer, arbiter and holder.")]
+Set settlement.keystore and settlement.password_file first (`openlora chain key` makes both); the key's account begins as proposer, arbiter and holder.")]
 pub(crate) struct DeployArgs {
     /// The node; settlement.rpc_url when left out
     #[arg(long, value_name = "URL")]
@@ -71,17 +76,24 @@ pub(crate) struct DeployArgs {
 
 pub(crate) fn run(global: &Global, command: &ChainCommand) -> Result<ExitCode> {
     match command {
+        ChainCommand::Key => key(global),
         ChainCommand::Dev(args) => block_on(dev(global, args)),
         ChainCommand::Deploy(args) => block_on(deployed(global, args)),
     }
 }
 
-async fn dev(global: &Global, args: &DevArgs) -> Result<ExitCode> {
-    let home = config::home()?;
+/// The local chain's program under `home`.
+pub(crate) fn anvil(home: &Path) -> Result<PathBuf> {
     let program = home.join(ANVIL);
     if !program.exists() {
         bail!("there is no {}; run scripts/fetch-anvil.sh", program.display());
     }
+    Ok(program)
+}
+
+async fn dev(global: &Global, args: &DevArgs) -> Result<ExitCode> {
+    let home = config::home()?;
+    let program = anvil(&home)?;
     // Everything of a chain that is gone is of no use to the next.
     let folder = home.join("chain-dev");
     if folder.exists() {
@@ -127,12 +139,41 @@ async fn dev(global: &Global, args: &DevArgs) -> Result<ExitCode> {
     }
 }
 
-/// A key whose password lies beside it: for a chain where nothing is worth anything.
+fn key(global: &Global) -> Result<ExitCode> {
+    let config = load_config(global, &[])?.config;
+    let (keystore, password) = key_files(&config)?;
+    let account = new_key(keystore, password)?.address();
+    if global.json {
+        println!("{}", serde_json::json!({"account": account}));
+    } else {
+        println!("account     {account}");
+        eprintln!("{} and {} together are the key: keep both, apart", keystore.display(), password.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A key in a new keystore, whose password nobody has typed unless its file is there already.
 fn new_key(keystore: &Path, password: &Path) -> Result<Signer> {
-    let text: String = (0..4).map(|_| format!("{:016x}", rand::random::<u64>())).collect();
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(password)?;
-    file.write_all(text.as_bytes())?;
-    Ok(Signer::create(keystore, &Password::new(text)?)?)
+    if !password.exists() {
+        let text: String = (0..4).map(|_| format!("{:016x}", rand::random::<u64>())).collect();
+        let made = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(password);
+        let mut file = made.with_context(|| password.display().to_string())?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+    }
+    Ok(Signer::create(keystore, &Password::read(password)?)?)
+}
+
+/// Keystore and password file of the settings.
+pub(crate) fn key_files(config: &Config) -> Result<(&Path, &Path)> {
+    let settings = &config.settlement;
+    if settings.keystore.as_os_str().is_empty() || settings.password_file.as_os_str().is_empty() {
+        bail!(
+            "settlement.keystore and settlement.password_file must be set: an encrypted keystore and a file with its \
+             password; `openlora chain key` makes both"
+        );
+    }
+    Ok((&settings.keystore, &settings.password_file))
 }
 
 async fn deployed(global: &Global, args: &DeployArgs) -> Result<ExitCode> {
@@ -179,14 +220,10 @@ pub(crate) async fn open_chain(url: &str, id: u64) -> Result<Chain> {
 
 /// What sends with the key of the settings.
 pub(crate) async fn configured_sender(config: &Config) -> Result<Sender> {
-    let settings = &config.settlement;
-    if settings.keystore.as_os_str().is_empty() || settings.password_file.as_os_str().is_empty() {
-        bail!(
-            "settlement.keystore and settlement.password_file must be set: an encrypted keystore and a file with its password"
-        );
-    }
+    let (keystore, password) = key_files(config)?;
     let chain = configured_chain(config).await?;
-    let signer = Signer::open(&settings.keystore, &Password::read(&settings.password_file)?)?;
+    let signer = Signer::open(keystore, &Password::read(password)?)?;
+    let settings = &config.settlement;
     let file = &settings.default_file;
     let database = ledger::database_url("settlement.database_url", &settings.database_url, file)?;
     sender(chain, signer, &database).await

@@ -1,5 +1,7 @@
 //! `openlora doctor`: finds a broken set-up faster than a person would. Every line is ok or names what fixes it.
 
+mod money;
+
 use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -61,6 +63,9 @@ pub(crate) fn run(global: &Global, _args: &DoctorArgs) -> Result<ExitCode> {
             note("tls", tls(&config));
             note("gRPC port", port(config.server.grpc_addr, "server.grpc_addr", running));
             note("HTTP port", port(config.server.http_addr, "server.http_addr", running));
+            for (what, outcome) in money::lines(&config) {
+                note(what, outcome);
+            }
         }
     }
     let failed = findings.iter().filter(|finding| !finding.ok).count();

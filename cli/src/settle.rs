@@ -1,25 +1,30 @@
 //! `openlora settle`: epochs from the ledger to the chain and to the accounts they pay.
 
 use std::fs;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
-use openlora_ledger::LedgerError;
+use openlora_ledger::{Asset, Ledger, LedgerError};
 use openlora_settlement::bundle::{Bundle, Manifest};
 use openlora_settlement::bundles::{BUNDLE_BYTES_MAX, Bundles, publish_missing};
 use openlora_settlement::chain::At;
-use openlora_settlement::epochs::{CLAIMS_MAX, Contract, Standing, State, bundle_of};
-use openlora_settlement::outbox::{Intent, Status};
+use openlora_settlement::claims::{Claim, Claims};
+use openlora_settlement::epochs::{CLAIMS_MAX, Contract, Open, Standing, State, bundle_of};
+use openlora_settlement::outbox::{Intent, IntentId, Status};
 use openlora_settlement::sender::Sender;
 use openlora_settlement::tree::Address;
 use openlora_settlement::watch::{Verdict, judge};
 use serde_json::json;
 
 use crate::config::Config;
-use crate::{Global, block_on, chain, ledger, load_config};
+use crate::{Global, block_on, chain, ledger, load_config, serve};
+
+/// Pause between two looks at the chain.
+const POLL: Duration = Duration::from_secs(2);
 
 #[derive(Subcommand)]
 pub(crate) enum SettleCommand {
@@ -46,8 +51,12 @@ pub(crate) enum SettleCommand {
         wait: bool,
     },
     /// Where the epochs are, in the ledger and on the chain
-    #[command(after_help = "Example:\n  openlora settle status")]
-    Status,
+    #[command(after_help = "Examples:\n  openlora settle status\n  openlora settle status --watch")]
+    Status {
+        /// Go on until Ctrl-C: the terminal is drawn anew, anything else gets what changed
+        #[arg(long)]
+        watch: bool,
+    },
     /// An account's proof, as the contract takes it
     #[command(after_help = "Example:\n  openlora settle proof 0x70997970C51812dc3A010C7d01b50e0d17dc79C8")]
     Proof {
@@ -68,14 +77,17 @@ pub(crate) enum SettleCommand {
         /// Every account of the last finalized epoch
         #[arg(long, conflicts_with = "accounts")]
         all: bool,
+        /// Wait until no reorganisation takes the payments back, so that they are in the ledger too
+        #[arg(long)]
+        wait: bool,
     },
-    /// Derive every proposed root again and challenge a wrong one
+    /// Derive every proposed root again and challenge a wrong one; note in the ledger what was claimed
     #[command(after_help = "Example:\n  openlora settle watch --challenge")]
     Watch {
         /// Send the challenge, with its bond; without it a wrong root is only reported
         #[arg(long)]
         challenge: bool,
-        /// Look once and leave: exit status 1 where a wrong root is proposed
+        /// Look once and leave: exit status 1 where something is proposed that is not what the ledger says
         #[arg(long)]
         once: bool,
     },
@@ -102,9 +114,9 @@ pub(crate) fn run(global: &Global, command: &SettleCommand) -> Result<ExitCode> 
             SettleCommand::Fund { amount, key } => fund(&config, &say, *amount, key).await,
             SettleCommand::Propose => propose(&config, &say).await,
             SettleCommand::Finalize { wait } => finalize(&config, &say, *wait).await,
-            SettleCommand::Status => status(&config, &say).await,
+            SettleCommand::Status { watch } => status(&config, &say, *watch).await,
             SettleCommand::Proof { account, epoch } => proof(&config, *account, *epoch).await,
-            SettleCommand::Claim { accounts, .. } => claim(&config, &say, accounts).await,
+            SettleCommand::Claim { accounts, wait, .. } => claim(&config, &say, accounts, *wait).await,
             SettleCommand::Watch { challenge, once } => return watch(&config, &say, *challenge, *once).await,
             SettleCommand::Verify { bundle, previous, rpc } => {
                 verify(&say, bundle, previous.as_deref(), rpc.as_deref()).await
@@ -183,7 +195,7 @@ async fn seal(config: &Config, say: &Say) -> Result<()> {
 }
 
 /// Sends an intent and waits until it is in a block.
-async fn send(contract: &Contract, sender: &Sender, intent: Intent, what: &str) -> Result<()> {
+async fn send(contract: &Contract, sender: &Sender, intent: Intent, what: &str) -> Result<IntentId> {
     let id = contract.submit(sender, intent).await?;
     let mut last = String::new();
     let status = sender.wait_until(id, |status| {
@@ -209,7 +221,7 @@ async fn send(contract: &Contract, sender: &Sender, intent: Intent, what: &str) 
         Status::Finalized { reverted: Some(why), .. } => bail!("{what} reverted: {why}"),
         other => bail!("{what} reverted: {other:?}"),
     }
-    Ok(())
+    Ok(id)
 }
 
 async fn fund(config: &Config, say: &Say, amount: u128, key: &str) -> Result<()> {
@@ -275,9 +287,48 @@ async fn finalize(config: &Config, say: &Say, wait: bool) -> Result<()> {
     Ok(())
 }
 
-async fn status(config: &Config, say: &Say) -> Result<()> {
+async fn status(config: &Config, say: &Say, watch: bool) -> Result<()> {
     let contract = contract(config).await?;
     let ledger = ledger::open(config).await?;
+    if watch {
+        watch_status(&contract, &ledger, say).await?;
+    } else {
+        let (text, json) = overview(&contract, &ledger).await?;
+        say.line(&text, json);
+    }
+    ledger.close().await;
+    Ok(())
+}
+
+/// Until Ctrl-C. A node that does not answer is asked again.
+async fn watch_status(contract: &Contract, ledger: &Ledger, say: &Say) -> Result<()> {
+    let redraws = !say.json && std::io::stdout().is_terminal();
+    let mut ended = std::pin::pin!(serve::shutdown_signal());
+    let (mut last, mut complaint) = (None, Complaint::default());
+    loop {
+        match overview(contract, ledger).await {
+            Ok((text, json)) => {
+                complaint.clear();
+                // The text counts seconds, which is no change.
+                if redraws {
+                    println!("\x1b[2J\x1b[H{text}");
+                } else if last.as_ref() != Some(&json) {
+                    say.line(&text, json.clone());
+                }
+                std::io::stdout().flush()?;
+                last = Some(json);
+            }
+            Err(error) => complaint.tell(&error),
+        }
+        tokio::select! {
+            () = &mut ended => return Ok(()),
+            () = tokio::time::sleep(POLL) => {}
+        }
+    }
+}
+
+/// Where the epochs are and what to do next, for people and for programs.
+async fn overview(contract: &Contract, ledger: &Ledger) -> Result<(String, serde_json::Value)> {
     let last = ledger.last_epoch().await?;
     let State { epoch, finalized, claimed, balance, bond, challenge_window, open } = contract.state(At::Latest).await?;
     let mut text = format!(
@@ -286,7 +337,7 @@ async fn status(config: &Config, say: &Say) -> Result<()> {
     );
     let proposal = open.map(|open| {
         json!({"epoch": open.epoch, "root": open.root, "total": open.total.to_string(),
-                                          "finalizable_at": open.finalizable_at, "disputed": open.challenge.is_some()})
+               "finalizable_at": open.finalizable_at, "disputed": open.challenge.is_some()})
     });
     if let Some(open) = open {
         let left = open.finalizable_at.saturating_sub(now());
@@ -303,13 +354,27 @@ async fn status(config: &Config, say: &Say) -> Result<()> {
         (None, false) => "openlora settle seal",
     };
     text.push_str(&format!("\nnext        {next}"));
-    say.line(
-        &text,
-        json!({"sealed": last, "final": epoch, "promised": finalized.to_string(), "claimed": claimed.to_string(),
-                           "held": balance.to_string(), "proposal": proposal, "next": next}),
-    );
-    ledger.close().await;
-    Ok(())
+    let json = json!({"sealed": last, "final": epoch, "promised": finalized.to_string(), "claimed": claimed.to_string(),
+                      "held": balance.to_string(), "proposal": proposal, "next": next});
+    Ok((text, json))
+}
+
+/// What goes wrong again and again is told once.
+#[derive(Default)]
+struct Complaint(String);
+
+impl Complaint {
+    fn tell(&mut self, error: &anyhow::Error) {
+        let text = format!("{error:#}");
+        if text != self.0 {
+            eprintln!("openlora: {text}; looking again");
+            self.0 = text;
+        }
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
+    }
 }
 
 async fn proof(config: &Config, account: Address, epoch: Option<u64>) -> Result<()> {
@@ -328,7 +393,7 @@ async fn proof(config: &Config, account: Address, epoch: Option<u64>) -> Result<
     Ok(())
 }
 
-async fn claim(config: &Config, say: &Say, accounts: &[Address]) -> Result<()> {
+async fn claim(config: &Config, say: &Say, accounts: &[Address], wait: bool) -> Result<()> {
     let contract = contract(config).await?;
     let epoch = contract.state(At::Latest).await?.epoch;
     if epoch == 0 {
@@ -338,17 +403,44 @@ async fn claim(config: &Config, say: &Say, accounts: &[Address]) -> Result<()> {
     let all: Vec<Address> = bundle.tree().payouts().iter().map(|payout| payout.account).collect();
     let accounts = if accounts.is_empty() { &all } else { accounts };
     let sender = chain::configured_sender(config).await?;
+    let mut sent = Vec::new();
     for accounts in accounts.chunks(CLAIMS_MAX) {
         if let Some(intent) = contract.claim(&bundle, accounts).await? {
-            send(&contract, &sender, intent, &format!("the claim of {} accounts", accounts.len())).await?;
+            sent.push(send(&contract, &sender, intent, &format!("the claim of {} accounts", accounts.len())).await?);
+        }
+    }
+    for id in sent.into_iter().filter(|_| wait) {
+        let status = sender.wait_finalized(id, |_| {}).await?;
+        if !matches!(status, Status::Finalized { reverted: None, .. } | Status::DoneElsewhere) {
+            bail!("a claim was taken back by the chain: {status:?}; run this again");
         }
     }
     sender.close().await?;
     for account in accounts {
         let (earned, paid) = (bundle.tree().cumulative(*account), contract.claimed(*account, At::Latest).await?);
+        // Also what an earlier call had sent.
+        while wait && contract.claimed(*account, At::Finalized).await? < paid {
+            tokio::time::sleep(POLL).await;
+        }
         let text = format!("{account} has been paid {paid} of {earned}");
         say.line(&text, json!({"account": account, "earned": earned.to_string(), "paid": paid.to_string()}));
     }
+    note_claims(config, contract).await
+}
+
+/// Notes in the ledger of the settings what was claimed so far and is final. Who claims need not have a ledger.
+async fn note_claims(config: &Config, contract: Contract) -> Result<()> {
+    if config.ledger.database_url.is_empty() && !config.ledger.default_file.exists() {
+        return Ok(());
+    }
+    let ledger = ledger::open(config).await?;
+    let mut noted = 0;
+    let mut claims = Claims::new(contract, ledger.clone(), ledger::asset(config)?);
+    claims.note(|_| noted += 1).await.context("what was claimed could not be noted in the ledger")?;
+    if noted > 0 {
+        eprintln!("{noted} claims are noted in the ledger");
+    }
+    ledger.close().await;
     Ok(())
 }
 
@@ -357,38 +449,85 @@ async fn watch(config: &Config, say: &Say, challenge: bool, once: bool) -> Resul
     let ledger = ledger::open(config).await?;
     let asset = ledger::asset(config)?;
     let sender = if challenge { Some(chain::configured_sender(config).await?) } else { None };
-    let mut seen = None;
+    let mut claims = Claims::new(contract.clone(), ledger.clone(), asset.clone());
+    let mut watcher = Watcher { contract, ledger, asset, sender, seen: None, told: String::new() };
+    let mut complaint = Complaint::default();
     loop {
-        let open = contract.state(At::Latest).await?.open.filter(|open| open.challenge.is_none());
-        if let Some(open) = open.filter(|open| seen != Some((open.epoch, open.root))) {
-            let verdict = judge(&open, &ledger, contract.settles(), &asset).await?;
-            let epoch = open.epoch;
-            let text = match &verdict {
-                Verdict::Right => format!("epoch {epoch} is proposed as the ledger says"),
-                Verdict::Wrong { field, said, computed } => {
-                    format!("epoch {epoch} is WRONG: {field} is {said} on the chain and {computed} by the ledger")
-                }
-                Verdict::Unknown { last } => format!("epoch {epoch} is proposed, and the ledger here has {last}"),
-            };
-            say.line(&text, json!({"epoch": epoch, "root": open.root, "right": verdict == Verdict::Right}));
-            match (&verdict, &sender) {
-                (Verdict::Wrong { .. }, Some(sender)) => {
-                    let own = bundle_of(&ledger, epoch, contract.settles(), &asset).await?.manifest().hash();
-                    send(&contract, sender, contract.challenge(&open, own), &format!("the challenge of epoch {epoch}"))
-                        .await?;
-                }
-                (Verdict::Wrong { .. }, None) if once => return Ok(ExitCode::FAILURE),
-                _ => {}
-            }
-            // What the ledger does not know yet is looked at again.
-            if !matches!(verdict, Verdict::Unknown { .. }) {
-                seen = Some((open.epoch, open.root));
-            }
-        }
+        let right = watcher.look(say).await;
+        let noted = claims.note(|claim| {
+            let Claim { account, amount, epoch, block, transaction, row } = claim;
+            let text = format!("{account} was paid {amount} in block {block}, by epoch {epoch}; noted in row {row}");
+            let json = json!({"account": account, "amount": amount.to_string(), "epoch": epoch, "block": block,
+                              "transaction": transaction, "row": row});
+            say.line(&text, json);
+        });
+        let noted = noted.await;
+        let right = right.and_then(|right| noted.map(|()| right).map_err(anyhow::Error::from));
         if once {
-            return Ok(ExitCode::SUCCESS);
+            watcher.close().await?;
+            return Ok(if right? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        // Whoever watches goes on, whatever the node, a node's operator or a lack of coins does.
+        match right {
+            Ok(_) => complaint.clear(),
+            Err(error) => complaint.tell(&error),
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Judges proposals.
+struct Watcher {
+    contract: Contract,
+    ledger: Ledger,
+    asset: Asset,
+    /// What challenges are sent with, where they are.
+    sender: Option<Sender>,
+    /// The proposal that was judged for good, and whether it was right.
+    seen: Option<(Open, bool)>,
+    /// What was said last.
+    told: String,
+}
+
+impl Watcher {
+    /// Whether what is proposed now, if anything, is what the ledger says; what is not is challenged.
+    async fn look(&mut self, say: &Say) -> Result<bool> {
+        let settles = *self.contract.settles();
+        let open = self.contract.state(At::Latest).await?.open.filter(|open| open.challenge.is_none());
+        let Some(open) = open else { return Ok(true) };
+        let (epoch, root) = (open.epoch, open.root);
+        if let Some((_, right)) = self.seen.filter(|(seen, _)| *seen == open) {
+            return Ok(right);
+        }
+        let verdict = judge(&open, &self.ledger, &settles, &self.asset).await?;
+        let text = match &verdict {
+            Verdict::Right => format!("epoch {epoch} is proposed as the ledger says, root {root}"),
+            Verdict::Wrong { field, said, computed } => {
+                format!("epoch {epoch} is WRONG: {field} is {said} on the chain and {computed} by the ledger")
+            }
+            Verdict::Unknown { last } => format!("epoch {epoch} is proposed, and the ledger here has {last}"),
+        };
+        if text != self.told {
+            say.line(&text, json!({"epoch": epoch, "root": root, "right": verdict == Verdict::Right}));
+            self.told = text;
+        }
+        if let (Verdict::Wrong { .. }, Some(sender)) = (&verdict, &self.sender) {
+            let own = bundle_of(&self.ledger, epoch, &settles, &self.asset).await?.manifest().hash();
+            let intent = self.contract.challenge(&open, own);
+            send(&self.contract, sender, intent, &format!("the challenge of epoch {epoch}")).await?;
+        }
+        let right = verdict == Verdict::Right;
+        // What the ledger does not know yet is looked at again.
+        self.seen = (!matches!(verdict, Verdict::Unknown { .. })).then_some((open, right));
+        Ok(right)
+    }
+
+    async fn close(&self) -> Result<()> {
+        if let Some(sender) = &self.sender {
+            sender.close().await?;
+        }
+        self.ledger.close().await;
+        Ok(())
     }
 }
 
