@@ -487,3 +487,72 @@ fn told(error: &anyhow::Error) -> EpochsError {
     };
     EpochsError::Refused { reason, message: format!("{error:#}") }
 }
+
+#[cfg(test)]
+mod tests {
+    use openlora_settlement::bundle::Epoch;
+    use openlora_settlement::tree::{Payout, Settles};
+
+    use super::*;
+
+    fn address(number: u64) -> tree::Address {
+        let mut bytes = [0; 20];
+        bytes[12..].copy_from_slice(&number.to_be_bytes());
+        bytes.into()
+    }
+
+    /// An epoch where account N has earned N.
+    fn bundle(number: u64, accounts: u64) -> Arc<Bundle> {
+        let settles = Settles { chain_id: 10, settlement: address(1 << 40), token: address(1 << 41) };
+        let payouts = (1..=accounts).map(|n| Payout { account: address(n), cumulative: n.into() }).collect();
+        let (ledger_head, receipts) = ([number as u8; 32].into(), Vec::new());
+        let epoch = Epoch { number, rows: (number, number), ledger_head, sealed_unix_s: 5, payouts, receipts };
+        Arc::new(Bundle::new(&settles, epoch).expect("a good epoch"))
+    }
+
+    #[test]
+    fn a_question_about_an_old_epoch_does_not_push_the_last_one_out() {
+        let shelf = Shelf::default();
+        let has = |epoch| shelf.find(epoch).map(|bundle| bundle.manifest().epoch);
+        assert_eq!((has(None), has(Some(3))), (None, None));
+        shelf.lock().last = Some((3, Instant::now()));
+        for (put, kept, gone) in [(3, vec![3], 1), (1, vec![3, 1], 2), (2, vec![3, 2], 1), (3, vec![3], 2)] {
+            shelf.put(bundle(put, 1));
+            assert_eq!((kept.iter().map(|&epoch| has(Some(epoch))).collect::<Vec<_>>(), has(Some(gone))), {
+                (kept.iter().map(|&epoch| Some(epoch)).collect(), None)
+            });
+            assert_eq!((has(None), shelf.lock().bundles.len()), (Some(3), kept.len()));
+        }
+        // What the contract said a while ago may be old: it is asked again.
+        shelf.lock().last = Some((3, Instant::now() - FRESH));
+        assert_eq!((has(None), has(Some(3))), (None, Some(3)));
+    }
+
+    #[test]
+    fn a_proof_is_the_contracts_argument_and_who_earned_nothing_has_none() {
+        let bundle = bundle(7, 5);
+        let proof = prove(&bundle, own(address(4))).expect("it earned something");
+        assert_eq!((proof.epoch, proof.cumulative, proof.index, proof.siblings.len()), (7, 4, 3, 3));
+        assert_eq!((proof.chain_id, proof.settlement, proof.token), (10, own(address(1 << 40)), own(address(1 << 41))));
+        let nothing = prove(&bundle, own(address(6))).expect_err("it earned nothing").to_string();
+        assert!(nothing.contains("in epoch 7; it has earned nothing"), "{nothing}");
+    }
+
+    #[test]
+    fn callers_are_told_what_they_can_do_something_about_and_no_more() {
+        let settlement = |error: SettlementError| told(&anyhow::Error::from(error).context("somewhere"));
+        let early = SettlementError::NotDue { epoch: 3, next: 2 };
+        let EpochsError::Refused { reason, message } = settlement(early) else { panic!("it can be told") };
+        assert!(reason == "EPOCH_NOT_DUE" && message.contains("epoch 2 next"), "{message}");
+        let secret = KeyError::WrongPassword { file: "/secret/path".into() };
+        for (error, what) in [
+            (settlement(SettlementError::BundleFormat { reason: "/secret/path".into() }), "place of bundles"),
+            (told(&anyhow::Error::from(secret)), "settlement.keystore"),
+        ] {
+            assert!(matches!(error, EpochsError::Unavailable { .. }), "{error}");
+            assert!(error.to_string().contains(what) && !error.to_string().contains("secret"), "{error}");
+        }
+        let empty = settlement(LedgerError::EmptyEpoch { last: 0 }.into());
+        assert!(matches!(empty, EpochsError::Ledger(LedgerError::EmptyEpoch { last: 0 })), "{empty}");
+    }
+}

@@ -3,7 +3,8 @@
 //!
 //! Start reading at [`run`] (what is opened, served and drained), then `edge.rs` (what happens to every call before its
 //! service: steps one and a deadline), `inference.rs` (steps one to four and eight of a request) and `answer.rs` (tokens
-//! → text → messages). `auth.rs` has the one table of who may call what, `status.rs` the one mapping of errors to gRPC.
+//! → text → messages). `settlement.rs` shows accounts and epochs; what it needs of a chain is [`Epochs`]. `auth.rs` has the
+//! one table of who may call what, `status.rs` the one mapping of errors to gRPC.
 //!
 //! **Invariants.** Every door asks for a key, but for health. Nothing from outside is used before it is bounded. Prompts,
 //! keys and tokens are never logged. A response stream that is dropped ends its request within one step.

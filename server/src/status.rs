@@ -340,6 +340,38 @@ mod tests {
                 "TOO_MANY_OPEN",
             ),
             (ServerError::Draining, Code::Unavailable, "SHUTTING_DOWN"),
+            (
+                ServerError::ForeignAccount { account: "owner/a".into(), name: "b".into() },
+                Code::PermissionDenied,
+                "NOT_YOUR_ACCOUNT",
+            ),
+            (LedgerError::EmptyEpoch { last: 3 }.into(), Code::FailedPrecondition, "EMPTY_EPOCH"),
+            (LedgerError::NotFound { what: "epoch", name: "4".into() }.into(), Code::NotFound, "NOT_IN_THE_LEDGER"),
+            (LedgerError::Stopped.into(), Code::Unavailable, "LEDGER_UNAVAILABLE"),
+            (
+                LedgerError::Damaged { row: 9, reason: "bits of /secret/path".into() }.into(),
+                Code::Internal,
+                "LEDGER_DAMAGED",
+            ),
+            (
+                EpochsError::NotConfigured { setting: "a.b", next: "set it" }.into(),
+                Code::FailedPrecondition,
+                "NOT_CONFIGURED",
+            ),
+            (
+                EpochsError::NotFound { what: "epoch", name: "4".into(), next: "" }.into(),
+                Code::NotFound,
+                "NOT_IN_THE_LEDGER",
+            ),
+            (
+                EpochsError::Refused { reason: "OTHER_ROOT", message: "it has another".into() }.into(),
+                Code::FailedPrecondition,
+                "OTHER_ROOT",
+            ),
+            (EpochsError::Unavailable { what: "the node" }.into(), Code::Unavailable, "SETTLEMENT_UNAVAILABLE"),
+            (EpochsError::Busy { max: 4 }.into(), Code::ResourceExhausted, "TOO_MANY_AT_ONCE"),
+            (EpochsError::Ledger(LedgerError::Stopped).into(), Code::Unavailable, "LEDGER_UNAVAILABLE"),
+            (EpochsError::Internal("details in /secret/path").into(), Code::Internal, "INTERNAL"),
             (ServerError::Internal("details in /secret/path"), Code::Internal, "INTERNAL"),
         ];
         for (error, code, reason) in cases {
@@ -357,6 +389,7 @@ mod tests {
             ServerError::from(field("sampling.top_p")),
             AdapterError::Invalid(field("sampling.top_p")).into(),
             EngineError::Invalid(field("sampling.top_p")).into(),
+            LedgerError::Invalid(field("sampling.top_p")).into(),
         ] {
             let details = status(&error).get_details_bad_request().expect("BadRequest");
             assert_eq!(details.field_violations[0].field, "sampling.top_p");

@@ -1,6 +1,5 @@
 //! From usage to a paid claim through the server's settlement door, on a local chain.
 
-use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
 use alloy::primitives::U256;
@@ -8,61 +7,21 @@ use alloy::sol_types::SolCall as _;
 use openlora_proto::v1 as wire;
 use openlora_proto::v1::get_claim_proof_request::Whose;
 use openlora_settlement::contracts::{OpenToken, RewardSettlement};
-use serde_json::{Value, json};
+use serde_json::json;
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-use crate::settlement::Operator;
+use crate::settlement::{ANN, Home, Operator, ask};
 use crate::support::{Client, Server, create_key};
 
-const ANN: &str = "0x00000000000000000000000000000000000b0001";
-const ACME: &str = "0x00000000000000000000000000000000000b0002";
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Asks a node, whose accounts are unlocked.
-fn ask(rpc: &str, method: &str, params: Value) -> Value {
-    let body = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).to_string();
-    let host = rpc.strip_prefix("http://").expect("a local node");
-    let mut stream = std::net::TcpStream::connect(host).expect("the node answers");
-    let head = format!("POST / HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\nconnection: close");
-    write!(stream, "{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).expect("asked");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
-    let answer: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{answer}"));
-    assert!(answer["error"].is_null() || method == "eth_call", "{method}: {answer}");
-    answer["result"].clone()
-}
-
-/// One request's usage, posted as an operator does: 400 units, of which half is ann's and three in ten acme's.
-fn use_once(operator: &Operator, key: &str) {
-    let usage = json!({"key": key, "application": "shop", "alias": "acme/cwe", "generation": "ab".repeat(32), "prompt": 100,
-        "completion": 100, "receipt": key, "owner": "acme", "shares": [["ann", 1]]});
-    let file = operator.home.path().join("usage.jsonl");
-    std::fs::write(&file, usage.to_string()).expect("written");
-    operator.json(&["ledger", "post", file.to_str().expect("UTF-8")]);
-}
-
-fn prepare(operator: &Operator) {
-    for (args, key) in [
-        (&["ledger", "price", "adapters", "--prompt", "1000000", "--cached", "0", "--completion", "3000000"][..], "p"),
-        (&["ledger", "split", "adapters", "--owner", "3000", "--contributors", "5000", "--operator", "2000"], "s"),
-        (&["ledger", "deposit", "shop", "1000000"], "d"),
-        (&["ledger", "address", "contributor/ann", ANN], "a1"),
-        (&["ledger", "address", "owner/acme", ACME], "a2"),
-    ] {
-        operator.json(&[args, &["--key", key]].concat());
-    }
-    use_once(operator, "r1");
-}
-
 /// A server with the operator's ledger, bundles and chain.
-fn serve(operator: &Operator, home: tempfile::TempDir) -> Server {
-    let mut settings = operator.settings();
-    let at = |name: &str| operator.home.path().join(name).display().to_string();
-    settings.push(("OPENLORA_LEDGER_DATABASE_URL".into(), format!("sqlite://{}", at("ledger.db"))));
-    settings.push(("OPENLORA_SETTLEMENT_BUNDLES_DIR".into(), at("bundles")));
+fn serve(operator: &Home, home: tempfile::TempDir) -> Server {
+    let mut settings = operator.settings.clone();
+    settings.push(("OPENLORA_LEDGER_DATABASE_URL".into(), format!("sqlite://{}", operator.path("ledger.db"))));
+    settings.push(("OPENLORA_SETTLEMENT_BUNDLES_DIR".into(), operator.path("bundles")));
     let settings: Vec<_> = settings.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     Server::start_in(home, &settings)
 }
@@ -104,25 +63,21 @@ fn claim(proof: &wire::ClaimProof) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_epoch_is_sealed_proposed_watched_and_claimed_over_grpc() {
-    let operator = Operator::new();
-    prepare(&operator);
+    let Operator { home: operator, chain } = Operator::new();
+    // 400 units; ann's are three fifths of a half.
+    operator.earn(0..1);
     let home = tempfile::tempdir().expect("a folder");
     let keys = [("operator", "ops"), ("contributor", "ann"), ("app", "shop")];
     let [ops, ann, shop] = keys.map(|(role, name)| create_key(home.path(), role, name));
     let mut server = serve(&operator, home);
-    let (ops, ann, shop) =
-        (server.client_with(&ops).await, server.client_with(&ann).await, server.client_with(&shop).await);
+    let [ops, ann, shop] =
+        [server.client_with(&ops).await, server.client_with(&ann).await, server.client_with(&shop).await];
     let rpc =
-        operator.settings().into_iter().find(|(name, _)| name == "OPENLORA_SETTLEMENT_RPC_URL").expect("a node").1;
+        operator.settings.iter().find(|(name, _)| name == "OPENLORA_SETTLEMENT_RPC_URL").expect("a node").1.clone();
 
     own_accounts_alone(&ann, &shop).await;
     let mut watch = shop.settlement().watch_epochs(wire::WatchEpochsRequest {}).await.expect("watched").into_inner();
-    for is_new in [true, false] {
-        let sealed = ops.settlement().seal_epoch(wire::SealEpochRequest {}).await.expect("sealed").into_inner();
-        let epoch = sealed.epoch.expect("an epoch");
-        assert_eq!((sealed.sealed, epoch.number, state_of(&epoch)), (is_new, 1, wire::EpochState::Due));
-        assert_eq!((epoch.totals.len(), epoch.totals[0].cumulative.as_str()), (1, "320"));
-    }
+    sealed_once(&ops).await;
     until(&mut watch, 1, wire::EpochState::Due).await;
     proposed_once_it_is_funded(&operator, &ops).await;
     let proposed = until(&mut watch, 1, wire::EpochState::Proposed).await;
@@ -132,26 +87,14 @@ async fn an_epoch_is_sealed_proposed_watched_and_claimed_over_grpc() {
     let last = until(&mut watch, 1, wire::EpochState::Finalized).await;
     let root = |epoch: &wire::Epoch| epoch.standing.clone().expect("a standing").payout_root;
     assert_eq!(root(&last), root(&proposed));
-    assert_eq!(
-        Value::from(root(&last)),
-        operator.json(&["settle", "verify", &bundle(&operator)])[0]["manifest"]["payout_root"]
-    );
+    let verified = operator.json(&["settle", "verify", &operator.path("bundles/epoch-1.json")]);
+    assert_eq!(verified[0]["manifest"]["payout_root"], root(&last));
 
     paid_by_the_proof(&rpc, &ann, &shop).await;
     sent_without_its_caller(&operator, &rpc, &ops, &mut watch).await;
-
-    // Without the chain there is still the ledger.
-    let Operator { home: _home, chain } = operator;
     drop(chain);
-    until(&mut watch, 2, wire::EpochState::Unknown).await;
-    let listed = ann.settlement().list_epochs(wire::ListEpochsRequest::default()).await.expect("a list").into_inner();
-    assert_eq!(listed.epochs.iter().map(|epoch| epoch.number).collect::<Vec<_>>(), [2, 1]);
-    let standing = listed.epochs[0].standing.clone().expect("a standing");
-    assert_eq!(standing.reason, "the chain's node is not available; the server's log says why");
-    assert_eq!(standing.payout_root.len(), 66, "its bundle is here");
-    let refused = ops.settlement().propose_epoch(wire::ProposeEpochRequest::default()).await.expect_err("no node");
-    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
-    assert!(refused.get_details_retry_info().is_some());
+    the_ledger_is_shown_without_the_chain(&ops, &ann, &mut watch).await;
+
     server.signal("-TERM");
     let end = loop {
         if let Err(end) = next(&mut watch).await {
@@ -163,14 +106,31 @@ async fn an_epoch_is_sealed_proposed_watched_and_claimed_over_grpc() {
     assert_eq!(server.wait(Duration::from_secs(40)), Some(0));
 }
 
-fn bundle(operator: &Operator) -> String {
-    operator.home.path().join("bundles/epoch-1.json").display().to_string()
+async fn sealed_once(ops: &Client) {
+    for is_new in [true, false] {
+        let sealed = ops.settlement().seal_epoch(wire::SealEpochRequest {}).await.expect("sealed").into_inner();
+        let epoch = sealed.epoch.expect("an epoch");
+        assert_eq!((sealed.sealed, epoch.number, state_of(&epoch)), (is_new, 1, wire::EpochState::Due));
+        assert_eq!((epoch.totals.len(), epoch.totals[0].cumulative.as_str()), (1, "280"));
+    }
+}
+
+async fn the_ledger_is_shown_without_the_chain(ops: &Client, ann: &Client, watch: &mut Streaming<wire::Epoch>) {
+    until(watch, 2, wire::EpochState::Unknown).await;
+    let listed = ann.settlement().list_epochs(wire::ListEpochsRequest::default()).await.expect("a list").into_inner();
+    assert_eq!(listed.epochs.iter().map(|epoch| epoch.number).collect::<Vec<_>>(), [2, 1]);
+    let standing = listed.epochs[0].standing.clone().expect("a standing");
+    assert_eq!(standing.reason, "the chain's node is not available; the server's log says why");
+    assert_eq!(standing.payout_root.len(), 66, "its bundle is here");
+    let refused = ops.settlement().propose_epoch(wire::ProposeEpochRequest::default()).await.expect_err("no node");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    assert!(refused.get_details_retry_info().is_some());
 }
 
 async fn own_accounts_alone(ann: &Client, shop: &Client) {
     let asked = |account: &str| wire::GetBalanceRequest { account: account.into() };
     let balance = ann.settlement().get_balance(asked("")).await.expect("her own").into_inner();
-    assert_eq!((balance.account.as_str(), balance.available.as_str()), ("contributor/ann", "200"));
+    assert_eq!((balance.account.as_str(), balance.available.as_str()), ("contributor/ann", "120"));
     let foreign = ann.settlement().get_balance(asked("application/shop")).await.expect_err("another's");
     assert_eq!((foreign.code(), reason_of(&foreign).as_str()), (Code::PermissionDenied, "NOT_YOUR_ACCOUNT"));
     let balance = shop.settlement().get_balance(asked("")).await.expect("its own").into_inner();
@@ -179,7 +139,7 @@ async fn own_accounts_alone(ann: &Client, shop: &Client) {
     assert_eq!(refused.code(), Code::PermissionDenied);
 }
 
-async fn proposed_once_it_is_funded(operator: &Operator, ops: &Client) {
+async fn proposed_once_it_is_funded(operator: &Home, ops: &Client) {
     let propose = || async { ops.settlement().propose_epoch(wire::ProposeEpochRequest::default()).await };
     let unfunded = propose().await.expect_err("no tokens");
     assert_eq!((unfunded.code(), reason_of(&unfunded).as_str()), (Code::FailedPrecondition, "SETTLEMENT_UNFUNDED"));
@@ -195,18 +155,20 @@ async fn proposed_once_it_is_funded(operator: &Operator, ops: &Client) {
 async fn paid_by_the_proof(rpc: &str, ann: &Client, shop: &Client) {
     let proof =
         ann.settlement().get_claim_proof(wire::GetClaimProofRequest::default()).await.expect("hers").into_inner();
-    assert_eq!((proof.epoch, proof.account.as_str(), proof.cumulative.as_str()), (1, ANN, "200"));
+    assert_eq!((proof.epoch, proof.account.as_str(), proof.cumulative.as_str()), (1, ANN, "120"));
     let whose = Some(Whose::Address(ANN.into()));
     let foreign = shop.settlement().get_claim_proof(wire::GetClaimProofRequest { whose, epoch: None }).await;
     assert_eq!(foreign.expect_err("not the shop's").code(), Code::PermissionDenied);
-    let from = ask(rpc, "eth_accounts", json!([]))[0].clone();
+    let ask = |method: &str, params| ask(rpc, method, params).unwrap_or_else(|error| panic!("{method}: {error}"));
+    // Whose key the node has; no account of ours.
+    let from = ask("eth_accounts", json!([]))[0].clone();
     let call = |proof: &wire::ClaimProof| json!({"from": from, "to": proof.settlement, "data": claim(proof)});
-    let more = wire::ClaimProof { cumulative: "201".into(), ..proof.clone() };
-    assert_eq!(ask(rpc, "eth_call", json!([call(&more), "latest"])), Value::Null, "a claim of more reverts");
-    let hash = ask(rpc, "eth_sendTransaction", json!([call(&proof)]));
+    let more = wire::ClaimProof { cumulative: "121".into(), ..proof.clone() };
+    crate::settlement::ask(rpc, "eth_call", json!([call(&more), "latest"])).expect_err("a claim of more reverts");
+    let hash = ask("eth_sendTransaction", json!([call(&proof)]));
     let mined = async {
         loop {
-            let receipt = ask(rpc, "eth_getTransactionReceipt", json!([hash]));
+            let receipt = ask("eth_getTransactionReceipt", json!([hash]));
             if !receipt.is_null() {
                 return receipt;
             }
@@ -217,20 +179,20 @@ async fn paid_by_the_proof(rpc: &str, ann: &Client, shop: &Client) {
     assert_eq!(receipt["status"], "0x1", "{receipt}");
     let balance = OpenToken::balanceOfCall { account: ANN.parse().expect("an address") }.abi_encode();
     let balance = json!([{"to": proof.token, "data": alloy::hex::encode_prefixed(balance)}, "latest"]);
-    let balance: U256 = serde_json::from_value(ask(rpc, "eth_call", balance)).expect("a word");
-    assert_eq!(balance, U256::from(200));
+    let balance: U256 = serde_json::from_value(ask("eth_call", balance)).expect("a word");
+    assert_eq!(balance, U256::from(120));
 }
 
 /// While there are no blocks no proposal ends; its caller has long gone when there are again.
-async fn sent_without_its_caller(operator: &Operator, rpc: &str, ops: &Client, watch: &mut Streaming<wire::Epoch>) {
-    use_once(operator, "r2");
+async fn sent_without_its_caller(operator: &Home, rpc: &str, ops: &Client, watch: &mut Streaming<wire::Epoch>) {
+    operator.earn(1..2);
     ops.settlement().seal_epoch(wire::SealEpochRequest {}).await.expect("sealed");
     until(watch, 2, wire::EpochState::Due).await;
-    ask(rpc, "evm_setIntervalMining", json!([0]));
+    ask(rpc, "evm_setIntervalMining", json!([0])).expect("no more blocks");
     let mut short = tonic::Request::new(wire::ProposeEpochRequest { epoch: Some(2) });
     short.set_timeout(Duration::from_secs(2));
     let late = ops.settlement().propose_epoch(short).await.expect_err("no block comes");
     assert!(matches!(late.code(), Code::DeadlineExceeded | Code::Cancelled), "{late}");
-    ask(rpc, "evm_setIntervalMining", json!([1]));
+    ask(rpc, "evm_setIntervalMining", json!([1])).expect("blocks again");
     until(watch, 2, wire::EpochState::Proposed).await;
 }

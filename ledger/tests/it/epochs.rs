@@ -33,6 +33,8 @@ async fn amounts_accrue_without_an_address_and_a_later_address_changes_no_sealed
     ledger.deposit("d", "app", &usd(), 100_000).await.expect("deposited");
     let (owner, operator) = (Account::Owner("acme".into()), Account::Operator);
     ledger.set_address("1", &owner, Some(address(1))).await.expect("set");
+    let addresses = [ledger.address(&owner).await.expect("read"), ledger.address(&operator).await.expect("read")];
+    assert_eq!(addresses, [Some(address(1)), None]);
     pay(&ledger, "a", Some("ra")).await;
     let first = ledger.seal().await.expect("sealed");
     assert_eq!((first.number, first.first, first.row), (1, 1, first.last + 1));
