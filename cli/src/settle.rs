@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{IsTerminal as _, Write as _};
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use openlora_ledger::{Asset, Ledger, LedgerError};
 use openlora_settlement::bundle::{Bundle, Manifest};
-use openlora_settlement::bundles::{BUNDLE_BYTES_MAX, Bundles, publish_missing};
+use openlora_settlement::bundles::{BUNDLE_BYTES_MAX, Bundles, fetch, publish_missing};
 use openlora_settlement::chain::At;
 use openlora_settlement::claims::{Claim, Claims};
 use openlora_settlement::epochs::{CLAIMS_MAX, Contract, Open, Standing, State, bundle_of};
@@ -94,11 +93,11 @@ pub(crate) enum SettleCommand {
     /// Recompute a published bundle, and compare it with the chain; needs no ledger
     #[command(after_help = "Example:\n  openlora settle verify bundles/epoch-7.json --rpc https://mainnet.base.org")]
     Verify {
-        /// The file
-        bundle: PathBuf,
-        /// The file of the epoch before, to see that it goes on from there
+        /// A file, or a URL that begins with https:// or http://
+        bundle: String,
+        /// The bundle of the epoch before, to see that this one goes on from there
         #[arg(long, value_name = "BUNDLE")]
-        previous: Option<PathBuf>,
+        previous: Option<String>,
         /// A node of the bundle's chain
         #[arg(long, value_name = "URL")]
         rpc: Option<String>,
@@ -152,13 +151,16 @@ pub(crate) fn bundles(config: &Config) -> Result<Bundles> {
     Ok(Bundles::open(&config.settlement.bundles_url, &config.settlement.bundles_dir)?)
 }
 
-fn read(path: &Path) -> Result<Bundle> {
-    let name = || path.display().to_string();
-    let bytes = fs::metadata(path).with_context(name)?.len();
-    if bytes > BUNDLE_BYTES_MAX {
-        bail!("{}: has {bytes} bytes; at most {BUNDLE_BYTES_MAX} are read", name());
+/// A bundle that anybody has published.
+async fn read(place: &str) -> Result<Bundle> {
+    if ["http://", "https://"].iter().any(|scheme| place.starts_with(scheme)) {
+        return Ok(fetch(place).await?);
     }
-    Bundle::from_json(&fs::read(path).with_context(name)?).with_context(name)
+    let bytes = fs::metadata(place).with_context(|| place.to_owned())?.len();
+    if bytes > BUNDLE_BYTES_MAX {
+        bail!("{place}: has {bytes} bytes; at most {BUNDLE_BYTES_MAX} are read");
+    }
+    Bundle::from_json(&fs::read(place).with_context(|| place.to_owned())?).with_context(|| place.to_owned())
 }
 
 /// A published bundle.
@@ -531,11 +533,11 @@ impl Watcher {
     }
 }
 
-async fn verify(say: &Say, path: &Path, previous: Option<&Path>, rpc: Option<&str>) -> Result<()> {
-    let bundle = read(path)?;
+async fn verify(say: &Say, place: &str, previous: Option<&str>, rpc: Option<&str>) -> Result<()> {
+    let bundle = read(place).await?;
     let manifest = bundle.manifest();
     if let Some(previous) = previous {
-        bundle.follows(&read(previous)?)?;
+        bundle.follows(&read(previous).await?)?;
     }
     let mut text = format!(
         "epoch {}: {} accounts sum to {}, root {}, manifest {}: all as its content gives",

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use object_store::{
     GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, local::LocalFileSystem,
@@ -15,12 +16,15 @@ use openlora_types::InvalidField;
 use crate::bundle::{Bundle, Manifest};
 use crate::epochs::bundle_of;
 use crate::error::SettlementError;
+use crate::rpc::client;
 use crate::tree::Settles;
 
 /// Bytes of a bundle that are read at most.
 pub const BUNDLE_BYTES_MAX: u64 = 4 << 30;
 /// Bytes at a bundle's beginning that hold its manifest.
 const MANIFEST_BYTES_MAX: u64 = 4 << 10;
+/// How long somebody else's server may take to hand over a bundle.
+const FETCH: Duration = Duration::from_secs(600);
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -191,6 +195,31 @@ pub async fn publish_missing(
     Ok(manifests)
 }
 
+/// A bundle that somebody publishes at a URL of HTTP, recomputed from its lists.
+///
+/// # Errors
+/// [`SettlementError::BundleFormat`], which does not repeat the URL; what [`Bundle::from_json`] refuses.
+pub async fn fetch(url: &str) -> Result<Bundle, SettlementError> {
+    let unread = |reason: String| SettlementError::BundleFormat { reason };
+    let failed = |error: reqwest::Error| unread(error.without_url().to_string());
+    let mut response = client(FETCH).map_err(failed)?.get(url).send().await.map_err(failed)?;
+    if !response.status().is_success() {
+        return Err(unread(format!("the server answers {}", response.status())));
+    }
+    let too_long = || unread(format!("it has more than {BUNDLE_BYTES_MAX} bytes"));
+    if response.content_length().is_some_and(|length| length > BUNDLE_BYTES_MAX) {
+        return Err(too_long());
+    }
+    let mut json = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(failed)? {
+        if (json.len() + chunk.len()) as u64 > BUNDLE_BYTES_MAX {
+            return Err(too_long());
+        }
+        json.extend_from_slice(&chunk);
+    }
+    Bundle::from_json(&json)
+}
+
 fn name(epoch: u64) -> String {
     format!("epoch-{epoch}.json")
 }
@@ -219,6 +248,8 @@ fn s3(_url: &str, _rest: &str) -> Result<Bundles, SettlementError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
+
     use alloy::primitives::{Address, B256};
     use object_store::memory::InMemory;
 
@@ -271,6 +302,33 @@ mod tests {
         assert!(refused.contains("epoch-2.json is of epoch 1"), "{refused}");
         let refused = bundles.manifest(2).await.expect_err("it is of epoch 1").to_string();
         assert!(refused.contains("epoch-2.json does not begin with the manifest of epoch 2"), "{refused}");
+    }
+
+    /// Answers one request with these bytes.
+    fn serve(answer: Vec<u8>) -> String {
+        let door = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("http://{}/epoch-1.json?signature=SECRET", door.local_addr().expect("an address"));
+        std::thread::spawn(move || {
+            let (mut stream, _) = door.accept().expect("somebody asks");
+            let _request = stream.read(&mut [0; 4096]).expect("a request");
+            stream.write_all(&answer).expect("answered");
+        });
+        url
+    }
+
+    #[tokio::test]
+    async fn a_bundle_is_read_from_its_url_and_nothing_else_is() {
+        let json = bundle(1, 100).to_json();
+        let answer = |length: u64| format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+        let whole = [answer(json.len() as u64).as_bytes(), &json].concat();
+        assert_eq!(fetch(&serve(whole.clone())).await.expect("a bundle").to_json(), json);
+        let missing = b"HTTP/1.1 404 Not Found\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".to_vec();
+        let cut_off = whole[..whole.len() - 9].to_vec();
+        let endless = answer(BUNDLE_BYTES_MAX + 1).into_bytes();
+        for (answer, says) in [(missing, "404"), (cut_off, "cannot be read"), (endless, "more than 4294967296 bytes")] {
+            let refused = fetch(&serve(answer)).await.expect_err(says).to_string();
+            assert!(refused.contains(says) && !refused.contains("SECRET"), "{refused}");
+        }
     }
 
     #[tokio::test]

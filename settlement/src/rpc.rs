@@ -149,6 +149,16 @@ impl Classify for RpcError {
     }
 }
 
+/// What asks over HTTP. Follows nobody elsewhere.
+pub(crate) fn client(timeout: Duration) -> reqwest::Result<reqwest::Client> {
+    static PROVIDER: Once = Once::new();
+    PROVIDER.call_once(|| {
+        // Another room may have been first; then theirs is used.
+        let _installed = rustls::crypto::ring::default_provider().install_default();
+    });
+    reqwest::Client::builder().timeout(timeout).redirect(Policy::none()).build()
+}
+
 /// A connection to a node.
 #[derive(Clone)]
 pub(crate) struct Rpc {
@@ -166,13 +176,7 @@ impl fmt::Debug for Rpc {
 
 impl Rpc {
     pub(crate) fn new(url: &RpcUrl, config: RpcConfig) -> Result<Self, RpcError> {
-        static PROVIDER: Once = Once::new();
-        PROVIDER.call_once(|| {
-            // Another room may have been first; then theirs is used.
-            let _installed = rustls::crypto::ring::default_provider().install_default();
-        });
-        let builder = reqwest::Client::builder().timeout(config.timeout).redirect(Policy::none());
-        let client = builder.build().map_err(|error| RpcError::Unknown {
+        let client = client(config.timeout).map_err(|error| RpcError::Unknown {
             host: url.to_string(),
             method: "the first question",
             why: url.scrub(&error.without_url().to_string()),
