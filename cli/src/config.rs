@@ -146,6 +146,7 @@ pub(crate) struct Settlement {
     pub(crate) contract: String,
     pub(crate) keystore: PathBuf,
     pub(crate) password_file: PathBuf,
+    pub(crate) bundles_url: String,
     pub(crate) bundles_dir: PathBuf,
     pub(crate) database_url: String,
     /// Where the database is when `database_url` is empty.

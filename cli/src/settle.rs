@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
-use openlora_ledger::{Ledger, LedgerError};
-use openlora_settlement::bundle::Bundle;
+use openlora_ledger::LedgerError;
+use openlora_settlement::bundle::{Bundle, Manifest};
+use openlora_settlement::bundles::{BUNDLE_BYTES_MAX, Bundles, publish_missing};
 use openlora_settlement::chain::At;
 use openlora_settlement::epochs::{CLAIMS_MAX, Contract, Standing, State, bundle_of};
 use openlora_settlement::outbox::{Intent, Status};
@@ -19,9 +20,6 @@ use serde_json::json;
 
 use crate::config::Config;
 use crate::{Global, block_on, chain, ledger, load_config};
-
-/// Bytes of a bundle that are read at most.
-const BUNDLE_BYTES_MAX: u64 = 4 << 30;
 
 #[derive(Subcommand)]
 pub(crate) enum SettleCommand {
@@ -136,8 +134,9 @@ async fn contract(config: &Config) -> Result<Contract> {
     Ok(Contract::open(chain::configured_chain(config).await?, address).await?)
 }
 
-fn file_of(config: &Config, epoch: u64) -> PathBuf {
-    config.settlement.bundles_dir.join(format!("epoch-{epoch}.json"))
+/// Where the settings keep published bundles.
+pub(crate) fn bundles(config: &Config) -> Result<Bundles> {
+    Ok(Bundles::open(&config.settlement.bundles_url, &config.settlement.bundles_dir)?)
 }
 
 fn read(path: &Path) -> Result<Bundle> {
@@ -149,56 +148,34 @@ fn read(path: &Path) -> Result<Bundle> {
     Bundle::from_json(&fs::read(path).with_context(name)?).with_context(name)
 }
 
-/// A published bundle, by the settings' folder.
-fn published(config: &Config, epoch: u64) -> Result<Bundle> {
-    read(&file_of(config, epoch))
-        .with_context(|| format!("the bundle of epoch {epoch}; `openlora settle seal` publishes it"))
-}
-
-/// Computes an epoch's bundle and writes it in one piece, unless it is there.
-async fn publish(config: &Config, ledger: &Ledger, contract: &Contract, epoch: u64) -> Result<Option<Bundle>> {
-    let path = file_of(config, epoch);
-    if path.exists() {
-        return Ok(None);
-    }
-    let asset = ledger::asset(config)?;
-    let bundle = bundle_of(ledger, epoch, contract.settles(), &asset).await?;
-    let folder = &config.settlement.bundles_dir;
-    let name = || folder.display().to_string();
-    fs::create_dir_all(folder).with_context(name)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(name)?;
-    std::io::Write::write_all(&mut file, &bundle.to_json()).with_context(name)?;
-    file.as_file().sync_all().with_context(name)?;
-    file.persist(&path).with_context(|| path.display().to_string())?;
-    Ok(Some(bundle))
+/// A published bundle.
+async fn published(config: &Config, epoch: u64) -> Result<Bundle> {
+    let bundles = bundles(config)?;
+    let found = bundles.get(epoch).await.with_context(|| bundles.place(epoch))?;
+    found.with_context(|| format!("there is no {}; run `openlora settle seal`", bundles.place(epoch)))
 }
 
 async fn seal(config: &Config, say: &Say) -> Result<()> {
     let contract = contract(config).await?;
+    let (asset, bundles) = (ledger::asset(config)?, bundles(config)?);
     let ledger = ledger::open(config).await?;
-    let sealed = match ledger.seal().await {
-        Ok(epoch) => Some(epoch.number),
-        Err(LedgerError::EmptyEpoch { .. }) => None,
-        Err(error) => return Err(error.into()),
-    };
-    let last = ledger.last_epoch().await?;
-    for epoch in 1..=last {
-        // Also what was sealed and not published, as after a crash.
-        if let Some(bundle) = publish(config, &ledger, &contract, epoch).await? {
-            let manifest = bundle.manifest();
-            let text = format!(
-                "epoch {epoch}: {} accounts, {} in all, {} receipts, root {}; {}",
-                manifest.accounts,
-                manifest.total,
-                manifest.receipts,
-                manifest.payout_root,
-                file_of(config, epoch).display()
-            );
-            say.line(&text, json!({"epoch": epoch, "manifest": manifest, "manifest_hash": manifest.hash()}));
+    match ledger.seal().await {
+        Ok(_) => {}
+        Err(LedgerError::EmptyEpoch { last }) => {
+            say.line(&format!("nothing is new since epoch {last}"), json!({"epoch": last, "new": false}));
         }
+        Err(error) => return Err(error.into()),
     }
-    if sealed.is_none() {
-        say.line(&format!("nothing is new since epoch {last}"), json!({"epoch": last, "new": false}));
+    for manifest in publish_missing(&ledger, contract.settles(), &asset, &bundles).await? {
+        let Manifest { epoch, accounts, total, receipts, payout_root, .. } = &manifest;
+        let place = bundles.place(*epoch);
+        let text = format!(
+            "epoch {epoch}: {accounts} accounts, {total} in all, {receipts} receipts, root {payout_root}; {place}"
+        );
+        say.line(
+            &text,
+            json!({"epoch": epoch, "manifest": manifest, "manifest_hash": manifest.hash(), "bundle": place}),
+        );
     }
     ledger.close().await;
     Ok(())
@@ -252,10 +229,7 @@ async fn propose(config: &Config, say: &Say) -> Result<()> {
     let contract = contract(config).await?;
     let state = contract.state(At::Latest).await?;
     let epoch = state.open.map_or(state.epoch + 1, |open| open.epoch);
-    if !file_of(config, epoch).exists() {
-        bail!("epoch {epoch} is not sealed; run `openlora settle seal`");
-    }
-    let bundle = published(config, epoch)?;
+    let bundle = published(config, epoch).await?;
     let root = bundle.manifest().payout_root;
     match contract.propose(&bundle).await? {
         Some(intent) => {
@@ -283,7 +257,7 @@ async fn finalize(config: &Config, say: &Say, wait: bool) -> Result<()> {
         say.line(&format!("nothing is proposed; epoch {epoch} is the last final one"), json!({"epoch": epoch}));
         return Ok(());
     };
-    let bundle = published(config, open.epoch)?;
+    let bundle = published(config, open.epoch).await?;
     if wait && open.challenge.is_none() {
         while now() <= open.finalizable_at {
             eprintln!("epoch {} can be finalized in {} s", open.epoch, open.finalizable_at + 1 - now());
@@ -342,7 +316,7 @@ async fn proof(config: &Config, account: Address, epoch: Option<u64>) -> Result<
         Some(epoch) => epoch,
         None => contract(config).await?.state(At::Latest).await?.epoch,
     };
-    let bundle = published(config, epoch)?;
+    let bundle = published(config, epoch).await?;
     let Some(proof) = bundle.tree().proof(account) else {
         bail!("{account} has earned nothing up to epoch {epoch}");
     };
@@ -359,7 +333,7 @@ async fn claim(config: &Config, say: &Say, accounts: &[Address]) -> Result<()> {
     if epoch == 0 {
         bail!("no epoch is final; `openlora settle status` tells where they are");
     }
-    let bundle = published(config, epoch)?;
+    let bundle = published(config, epoch).await?;
     let all: Vec<Address> = bundle.tree().payouts().iter().map(|payout| payout.account).collect();
     let accounts = if accounts.is_empty() { &all } else { accounts };
     let sender = chain::configured_sender(config).await?;

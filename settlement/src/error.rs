@@ -61,6 +61,25 @@ pub enum SettlementError {
         /// What its lists give.
         computed: String,
     },
+    /// Another bundle is published already.
+    #[error(
+        "{place} is another bundle of epoch {epoch}, which is never replaced; set settlement.bundles_url, or settlement.bundles_dir, \
+         to a place of this ledger and contract alone"
+    )]
+    BundleTaken {
+        /// Its number.
+        epoch: u64,
+        /// Where.
+        place: String,
+    },
+    /// Where bundles are kept does not answer, or refuses.
+    #[error("{place}: {source}")]
+    Bundles {
+        /// What was read or written.
+        place: String,
+        /// Why not.
+        source: object_store::Error,
+    },
     /// A bundle that does not go on where the one before it ended.
     #[error("epoch {epoch} does not follow epoch {previous}: {reason}")]
     NotNext {
@@ -192,7 +211,10 @@ pub enum SettlementError {
         name: &'static str,
     },
     /// A bundle of another contract.
-    #[error("the bundle of epoch {epoch} is of another chain, contract or token than {ours}; seal it for this one")]
+    #[error(
+        "the bundle of epoch {epoch} is of another chain, contract or token than {ours}; set settlement.bundles_url, or \
+         settlement.bundles_dir, to a place of this contract alone and run `openlora settle seal`"
+    )]
     OtherContract {
         /// Its number.
         epoch: u64,
@@ -332,7 +354,7 @@ impl Classify for SettlementError {
             Self::Database(error) => error.is_retryable(),
             Self::Rpc(error) => error.is_retryable(),
             Self::Ledger(error) => error.is_retryable(),
-            Self::WindowOpen { .. } => true,
+            Self::WindowOpen { .. } | Self::Bundles { .. } => true,
             Self::OutboxFull { .. } | Self::Balance { .. } => true,
             _ => false,
         }
@@ -343,7 +365,7 @@ impl Classify for SettlementError {
             Self::Database(error) => error.fault(),
             Self::Rpc(error) => error.fault(),
             Self::Ledger(error) => error.fault(),
-            Self::BrokenTransaction { .. } => Fault::Server,
+            Self::BrokenTransaction { .. } | Self::Bundles { .. } => Fault::Server,
             _ => Fault::Client,
         }
     }

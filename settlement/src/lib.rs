@@ -2,9 +2,10 @@
 //! once, and a watcher that challenges wrong roots. The only room that speaks to a chain.
 //!
 //! Where to start: [`epochs`] is an epoch's way from the ledger to those it pays; [`tree`] is what they are paid by, [`bundle`] what
-//! is published, [`sender`] what gets transactions onto the chain.
+//! is published and [`bundles`] where, [`sender`] what gets transactions onto the chain.
 
 pub mod bundle;
+pub mod bundles;
 pub mod chain;
 pub mod contracts;
 pub mod deploy;
