@@ -283,6 +283,14 @@ pub enum SettlementError {
         /// The epoch.
         epoch: u64,
     },
+    /// An epoch that nothing can be claimed from any more: later ones have all that was earned in it.
+    #[error("the contract pays from its last two epochs, {epoch} is not one of them; claim from epoch {last}")]
+    Superseded {
+        /// The epoch.
+        epoch: u64,
+        /// The last final one.
+        last: u64,
+    },
     /// A step of a deployment that failed.
     #[error("{what} was not deployed: {reason}; `openlora chain deploy` goes on from there once that is mended")]
     NotDeployed {
