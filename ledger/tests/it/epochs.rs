@@ -78,12 +78,12 @@ async fn an_epoch_that_would_pay_nobody_is_not_sealed_and_what_there_is_goes_to_
     ledger.set_address("o", &Account::Operator, Some(address(1))).await.expect("set");
     let first = ledger.seal().await.expect("sealed");
     assert_eq!((first.number, first.first), (1, 1));
-    assert_eq!(owed(&leaves(&ledger, 1).await), [(1, 600)]);
+    assert_eq!(owed(&leaves(&ledger, 1).await), [(1, 150)]);
     // Without anything new for an address, it has what it had.
     pay(&ledger, "b", None).await;
     ledger.set_address("p", &Account::Operator, None).await.expect("set");
     ledger.seal().await.expect("sealed");
-    assert_eq!(owed(&leaves(&ledger, 2).await), [(1, 600)]);
+    assert_eq!(owed(&leaves(&ledger, 2).await), [(1, 150)]);
 }
 
 #[tokio::test]

@@ -28,17 +28,17 @@ use steps::steps;
 
 /// Where processes die, and at the how manieth time at most: so that the ledger's work goes on for a while in between.
 const POINTS: [(&str, u32); 22] = [
-    ("after the row", 150),
+    ("after the row", 100),
     ("before an intent is kept", 2),
     ("before a nonce is given away", 2),
-    ("after the balances", 150),
+    ("after the balances", 100),
     ("after a nonce was given away", 2),
     ("before a broadcast", 2),
-    ("between changes", 150),
+    ("between changes", 100),
     ("after a broadcast", 2),
     ("before a replacement", 1),
     ("after an intent was kept", 2),
-    ("before the commit", 150),
+    ("before the commit", 100),
     ("between payouts and seal", 1),
     ("before a bundle is put", 1),
     (ANY_INSTANT, 200),
