@@ -88,8 +88,8 @@ pub(crate) fn steps(seed: u64) -> Vec<Step> {
     while steps.len() < RANDOM_STEPS {
         let n = steps.len();
         let step = match rng.random_range(0..100) {
-            0..4 => of_an_epoch(&mut rng, n),
-            4..8 => steps[n - rng.random_range(1..=BACK.min(n))].clone(),
+            0..6 => of_an_epoch(&mut rng, n),
+            6..10 => steps[n - rng.random_range(1..=BACK.min(n))].clone(),
             _ => of_the_ledger(&mut rng, n),
         };
         steps.push(step);
