@@ -27,7 +27,7 @@ use child::{CHILD, SAID};
 use steps::steps;
 
 /// Where processes die, and at the how manieth time at most: so that the ledger's work goes on for a while in between.
-const POINTS: [(&str, u32); 22] = [
+const POINTS: [(&str, u32); 23] = [
     ("after the row", 100),
     ("before an intent is kept", 2),
     ("before a nonce is given away", 2),
@@ -45,6 +45,7 @@ const POINTS: [(&str, u32); 22] = [
     ("after a bundle was put", 1),
     ("after a replacement", 1),
     ("between changes and commit", 40),
+    ("between commit and answer", 40),
     ("before a receipt is kept", 2),
     ("after a receipt was kept", 2),
     ("before a nonce is final", 2),
