@@ -1,6 +1,6 @@
 //! What a chain is asked: its head, code, balances, nonces, receipts, and what a call would do.
 
-use std::fmt;
+use std::{fmt, ops::RangeInclusive};
 
 use alloy::{
     consensus::constants::KECCAK_EMPTY,
@@ -105,6 +105,34 @@ impl Receipt {
     }
 }
 
+/// An event of a contract.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Log {
+    /// The event's signature and its indexed values.
+    pub topics: Vec<B256>,
+    /// Its other values.
+    pub data: Bytes,
+    /// The transaction it is of.
+    pub transaction_hash: B256,
+    block_number: U64,
+    log_index: U64,
+}
+
+impl Log {
+    /// Number of its block.
+    #[must_use]
+    pub fn block(&self) -> u64 {
+        self.block_number.to()
+    }
+
+    /// Its place among the events of its block.
+    #[must_use]
+    pub fn index(&self) -> u64 {
+        self.log_index.to()
+    }
+}
+
 /// A block's place and base fee.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -194,6 +222,32 @@ impl Chain {
     pub async fn code_hash(&self, account: Address) -> Result<Option<B256>, RpcError> {
         let code = self.code(account).await?;
         Ok(Some(keccak256(&code)).filter(|&hash| hash != KECCAK_EMPTY))
+    }
+
+    /// Whether a contract was there. Nodes refuse states that they have forgotten.
+    ///
+    /// # Errors
+    /// [`RpcError`].
+    pub async fn has_code(&self, account: Address, at: At) -> Result<bool, RpcError> {
+        let code: Bytes = self.rpc.ask("eth_getCode", (account, at.param())).await?;
+        Ok(!code.is_empty())
+    }
+
+    /// A contract's events of one kind in some blocks, in the chain's order. Nodes refuse to be asked for too many blocks.
+    ///
+    /// # Errors
+    /// [`RpcError`].
+    pub async fn logs(
+        &self,
+        contract: Address,
+        event: B256,
+        blocks: RangeInclusive<u64>,
+    ) -> Result<Vec<Log>, RpcError> {
+        let (from, to) = (At::Block(*blocks.start()).param(), At::Block(*blocks.end()).param());
+        let filter = json!({ "address": contract, "topics": [event], "fromBlock": from, "toBlock": to });
+        let mut logs: Vec<Log> = self.rpc.ask("eth_getLogs", (filter,)).await?;
+        logs.sort_by_key(|log| (log.block(), log.index()));
+        Ok(logs)
     }
 
     /// Wei of an account.

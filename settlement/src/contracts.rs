@@ -37,10 +37,22 @@ sol!(
     "../contracts/abi/TimelockController.json"
 );
 
+/// Roles that a key of the settings may need.
+const ROLES: [&str; 3] = ["PROPOSER_ROLE", "ARBITER_ROLE", "REGISTRAR_ROLE"];
+
 /// Names the error that one of these contracts reverted with, and its values.
 #[must_use]
 pub fn describe(data: &[u8]) -> Option<String> {
-    use alloy::sol_types::SolInterface as _;
+    use alloy::sol_types::{SolError as _, SolInterface as _};
+    if let Ok(lacks) = RewardSettlement::AccessControlUnauthorizedAccount::abi_decode(data) {
+        let named = ROLES.into_iter().find(|role| keccak256(role) == lacks.neededRole);
+        let role = named.map_or_else(|| lacks.neededRole.to_string(), str::to_owned);
+        let account = lacks.account;
+        return Some(format!(
+            "{account} does not hold the role {role}; set settlement.keystore to the key of an account that does, `openlora \
+             doctor` tells"
+        ));
+    }
     let named = [
         RewardSettlement::RewardSettlementErrors::abi_decode(data).map(|error| format!("{error:?}")),
         DatanetRegistry::DatanetRegistryErrors::abi_decode(data).map(|error| format!("{error:?}")),

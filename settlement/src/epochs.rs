@@ -238,6 +238,14 @@ impl Contract {
         self.ask(&RewardSettlement::claimedCall { account }, at).await
     }
 
+    /// Whether an account may propose epochs.
+    ///
+    /// # Errors
+    /// The node's.
+    pub async fn may_propose(&self, account: Address, at: At) -> Result<bool, SettlementError> {
+        self.ask(&RewardSettlement::hasRoleCall { role: keccak256("PROPOSER_ROLE"), account }, at).await
+    }
+
     /// Tokens of an account.
     ///
     /// # Errors

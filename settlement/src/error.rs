@@ -100,7 +100,10 @@ pub enum SettlementError {
     #[error(transparent)]
     Rpc(#[from] RpcError),
     /// A node of another chain.
-    #[error("the node is one of chain {found}, not of chain {expected}; check --rpc and chain_id")]
+    #[error(
+        "the node is one of chain {found}, not of chain {expected}; set settlement.rpc_url to a node of that chain or \
+         settlement.chain_id to the node's, `openlora doctor` compares them"
+    )]
     WrongChain {
         /// As configured.
         expected: u64,
@@ -146,7 +149,10 @@ pub enum SettlementError {
         max: u64,
     },
     /// An account that cannot pay.
-    #[error("{account} has {has} wei and may need {needed}; send it at least {}", needed - has)]
+    #[error(
+        "{account} has {has} wei and may need {needed}; send it at least {}, `openlora doctor` tells what it has",
+        needed - has
+    )]
     Balance {
         /// Who pays.
         account: Address,
@@ -290,6 +296,33 @@ pub enum SettlementError {
         epoch: u64,
         /// The last final one.
         last: u64,
+    },
+    /// The chain paid what the ledger does not owe.
+    #[error(
+        "{account} was paid {amount} in {transaction} and the ledger owes it {owed}; `openlora ledger verify` and `openlora settle \
+         verify` of the epoch tell which of the two is wrong"
+    )]
+    Unowed {
+        /// Who was paid.
+        account: Address,
+        /// How much, in the token's smallest unit.
+        amount: u128,
+        /// By the ledger.
+        owed: u128,
+        /// The claim.
+        transaction: B256,
+    },
+    /// Claims that the node does not tell of.
+    #[error(
+        "{account} has been paid {paid} and the node tells of {noted} only; set settlement.rpc_url to a node that keeps all events"
+    )]
+    ClaimsMissing {
+        /// Who was paid.
+        account: Address,
+        /// By the events.
+        noted: u128,
+        /// By the contract.
+        paid: U256,
     },
     /// A step of a deployment that failed.
     #[error("{what} was not deployed: {reason}; `openlora chain deploy` goes on from there once that is mended")]

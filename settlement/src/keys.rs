@@ -48,7 +48,7 @@ pub enum KeyError {
         file: String,
     },
     /// No Web3 Secret Storage.
-    #[error("{file} is no encrypted keystore; make one with `openlora settle key`")]
+    #[error("{file} is no encrypted keystore; make one with `openlora chain key`")]
     NoKeystore {
         /// Its path.
         file: String,

@@ -7,6 +7,7 @@
 pub mod bundle;
 pub mod bundles;
 pub mod chain;
+pub mod claims;
 pub mod contracts;
 pub mod deploy;
 pub mod dev;

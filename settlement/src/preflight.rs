@@ -48,6 +48,11 @@ pub(crate) async fn judge(
     if let Some(refused) = code(chain, config, content).await? {
         return Ok(Verdict::Refuse(refused));
     }
+    let has = chain.balance(account).await?;
+    if has < content.value {
+        // Trying the call would only tell that it fails.
+        return Ok(Verdict::Refuse(SettlementError::Balance { account, needed: content.value, has }));
+    }
     let to = content.to.map_or(TxKind::Create, TxKind::Call);
     let call = Call { from: account, to, data: content.data.clone(), value: content.value };
     let gas = match chain.estimate_gas(&call).await? {
@@ -81,7 +86,6 @@ pub(crate) async fn judge(
         return Ok(Verdict::Wait(why));
     }
     let needed = owed.saturating_add(transaction::takes_max(&transaction)).saturating_add(data_fee);
-    let has = chain.balance(account).await?;
     if has < needed {
         return Ok(Verdict::Refuse(SettlementError::Balance { account, needed, has }));
     }

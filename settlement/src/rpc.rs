@@ -109,6 +109,16 @@ pub enum RpcError {
         /// What came instead.
         why: String,
     },
+    /// An answer that is too long to be read.
+    #[error("{host} answers {method} with more than {max} bytes (response_bytes_max)")]
+    TooLong {
+        /// Scheme and host.
+        host: String,
+        /// What was asked.
+        method: &'static str,
+        /// The bound.
+        max: usize,
+    },
     /// The node said no.
     #[error("{host} refused {method}: {message} ({code})")]
     Refused {
@@ -128,7 +138,7 @@ pub enum RpcError {
 impl Classify for RpcError {
     fn is_retryable(&self) -> bool {
         match self {
-            Self::Unknown { .. } => true,
+            Self::Unknown { .. } | Self::TooLong { .. } => true,
             // Requests are limited (Infura, Alchemy); "resource unavailable".
             Self::Refused { code, .. } => [-32005, -32002, 429].contains(code),
         }
@@ -205,6 +215,9 @@ impl Rpc {
         let id = self.ids.fetch_add(1, Ordering::Relaxed);
         let question = json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
         let (status, body) = self.exchange(question).await.map_err(|why| self.unknown(method, &why))?;
+        let Some(body) = body else {
+            return Err(RpcError::TooLong { host: self.url.to_string(), method, max: self.config.response_bytes_max });
+        };
         let answer = serde_json::from_slice::<Map<String, Value>>(&body);
         // An error in JSON-RPC may come with any status.
         let Ok(mut answer) = answer else {
@@ -221,7 +234,8 @@ impl Rpc {
             .map_err(|error| self.unknown(method, &format!("a result not understood: {error}")))
     }
 
-    async fn exchange(&self, question: String) -> Result<(StatusCode, Vec<u8>), String> {
+    /// The answer's status and body; no body where it is too long.
+    async fn exchange(&self, question: String) -> Result<(StatusCode, Option<Vec<u8>>), String> {
         let why = |error: reqwest::Error| {
             let mut error: &dyn std::error::Error = &error.without_url();
             let mut text = error.to_string();
@@ -236,11 +250,11 @@ impl Rpc {
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(why)? {
             if body.len() + chunk.len() > self.config.response_bytes_max {
-                return Err(format!("more than {} bytes (response_bytes_max)", self.config.response_bytes_max));
+                return Ok((response.status(), None));
             }
             body.extend_from_slice(&chunk);
         }
-        Ok((response.status(), body))
+        Ok((response.status(), Some(body)))
     }
 
     /// No answer, or none that makes sense.

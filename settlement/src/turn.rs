@@ -52,7 +52,9 @@ impl Heard {
     fn from(answer: Result<(), RpcError>) -> Self {
         let text = match answer {
             Ok(()) => return Self::Taken,
-            Err(error @ RpcError::Unknown { .. }) => return Self::Unclear(error.to_string()),
+            Err(error @ (RpcError::Unknown { .. } | RpcError::TooLong { .. })) => {
+                return Self::Unclear(error.to_string());
+            }
             Err(RpcError::Refused { message, .. }) => message,
         };
         let lower = text.to_ascii_lowercase();

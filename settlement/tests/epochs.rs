@@ -17,6 +17,7 @@ use openlora_ledger::{
 };
 use openlora_settlement::bundle::{Bundle, Epoch};
 use openlora_settlement::chain::{At, Chain};
+use openlora_settlement::claims::Claims;
 use openlora_settlement::contracts::{self, Code, OpenToken, RewardSettlement, TimelockController};
 use openlora_settlement::deploy::{Deployment, Plan, deploy};
 use openlora_settlement::epochs::{Contract, Standing, bundle_of};
@@ -462,4 +463,131 @@ async fn what_is_not_our_contract_is_refused_by_name() {
     );
     let error = Contract::open(chain, payee(0)).await.expect_err("nothing").to_string();
     assert!(error.contains("there is no contract at"), "{error}");
+}
+
+/// What a payout account of the ledger holds.
+async fn unclaimed(stage: &Stage, account: Address) -> u128 {
+    let account = Account::Payout(PayoutAddress(account.into()));
+    stage.ledger.balance(&account, &stage.asset).await.expect("a balance").available()
+}
+
+const NOBODY: [Address; 0] = [];
+
+/// Accounts of the claims that were noted now.
+async fn noted(claims: &mut Claims) -> Vec<Address> {
+    let mut accounts = Vec::new();
+    claims.note(|claim| accounts.push(claim.account)).await.expect("noted");
+    accounts
+}
+
+#[tokio::test]
+async fn claims_by_anybody_are_noted_once_whoever_looks_and_how_often() {
+    let mut stage = Stage::new().await;
+    let contract = stage.contract.clone();
+    let fresh = |stage: &Stage| Claims::new(stage.contract.clone(), stage.ledger.clone(), stage.asset.clone());
+    stage.work(20).await;
+    let bundle = stage.seal().await;
+    stage.fund(bundle.tree().total()).await;
+    stage.succeeds(contract.propose(&bundle).await.expect("due")).await;
+    stage.finalize(&bundle).await;
+    let mut claims = fresh(&stage);
+    assert_eq!(noted(&mut claims).await, NOBODY);
+
+    // Somebody with a key of their own, whom our sender knows nothing of.
+    let (first, second, third) = (payee(0), payee(3), payee(4));
+    let by_other = |account| {
+        let proof = bundle.tree().proof(account).expect("a leaf");
+        let cumulative = U256::from(proof.cumulative);
+        let (epoch, index) = (1, U256::from(proof.index));
+        let entry = RewardSettlement::Claim { epoch, account, cumulative, index, proof: proof.siblings };
+        let data = RewardSettlement::claimCall { entry }.abi_encode();
+        stage.anvil.send(json!({ "from": anvil::OTHER, "to": stage.deployment.settlement, "data": Bytes::from(data) }));
+    };
+    by_other(first);
+    assert_eq!(noted(&mut claims).await, NOBODY, "a block that is not final may be taken back");
+    stage.anvil.mine(2);
+    assert_eq!(noted(&mut claims).await, [first]);
+    assert_eq!(unclaimed(&stage, first).await, 0);
+    assert_eq!(unclaimed(&stage, second).await, bundle.tree().cumulative(second));
+    assert_eq!(noted(&mut claims).await, NOBODY);
+
+    // Another process, which has the ledger alone to go by, and both at once.
+    by_other(second);
+    by_other(third);
+    stage.anvil.mine(2);
+    let mut other = fresh(&stage);
+    let (one, two) = tokio::join!(noted(&mut claims), noted(&mut other));
+    assert!([&one, &two].iter().all(|noted| noted.iter().all(|account| [second, third].contains(account))));
+    assert_eq!(noted(&mut fresh(&stage)).await, NOBODY);
+    for account in [first, second, third] {
+        assert_eq!(unclaimed(&stage, account).await, 0, "{account}");
+    }
+    stage.ledger.verify(|_, _| {}).await.expect("a sound ledger");
+}
+
+#[tokio::test]
+async fn a_claim_of_more_than_the_ledger_owes_is_an_error_by_name() {
+    let mut stage = Stage::new().await;
+    let contract = stage.contract.clone();
+    stage.work(5).await;
+    let right = stage.seal().await;
+    stage.fund(right.tree().total()).await;
+    let mut stolen = epoch_of(&right);
+    let last = stolen.payouts.len() - 1;
+    stolen.payouts[last].account = Address::repeat_byte(0xff);
+    let wrong = Bundle::new(contract.settles(), stolen).expect("a tree as any");
+    stage.succeeds(contract.propose(&wrong).await.expect("due")).await;
+    // Nobody challenged it.
+    stage.finalize(&wrong).await;
+    stage.succeeds(contract.claim(&wrong, &[payee(0)]).await.expect("final")).await;
+    stage.succeeds(contract.claim(&wrong, &[Address::repeat_byte(0xff)]).await.expect("final")).await;
+
+    let elsewhere = DatabaseUrl::sqlite(&stage.dir.path().join("behind.db"));
+    let behind = Ledger::open(&elsewhere, LedgerConfig::default()).await.expect("a ledger");
+    let mut behind = Claims::new(contract.clone(), behind, stage.asset.clone());
+    assert_eq!(noted(&mut behind).await, NOBODY, "a ledger that has not sealed the epoch waits");
+
+    let mut claims = Claims::new(contract, stage.ledger.clone(), stage.asset.clone());
+    for round in 0..2 {
+        let mut accounts = Vec::new();
+        let error = claims.note(|claim| accounts.push(claim.account)).await.expect_err("it is not owed");
+        assert!(matches!(error, SettlementError::Unowed { owed: 0, .. }), "{error}");
+        assert_eq!(accounts, [payee(0)][..usize::from(round == 0)], "what came before is noted, once");
+    }
+}
+
+/// As after the ledger was restored from a backup, or where a node had told of too little.
+#[tokio::test]
+async fn a_claim_that_was_left_out_is_found_again() {
+    let mut stage = Stage::new().await;
+    let contract = stage.contract.clone();
+    stage.work(5).await;
+    let first = stage.seal().await;
+    stage.fund(first.tree().total()).await;
+    stage.succeeds(contract.propose(&first).await.expect("due")).await;
+    stage.finalize(&first).await;
+    stage.succeeds(contract.claim(&first, &[payee(0)]).await.expect("final")).await;
+    stage.work(5).await;
+    let second = stage.seal().await;
+    stage.fund(second.tree().total() - first.tree().total()).await;
+    stage.succeeds(contract.propose(&second).await.expect("due")).await;
+    stage.finalize(&second).await;
+    let before: Value = stage.anvil.ask("eth_blockNumber", json!([]));
+    stage.succeeds(contract.claim(&second, &[payee(1)]).await.expect("final")).await;
+    stage.succeeds(contract.claim(&second, &[payee(0)]).await.expect("final")).await;
+
+    // The newest claim alone is noted: going on from there, the oldest is not met.
+    let blocks = anvil::number(&before)..=u64::MAX >> 1;
+    let event = <RewardSettlement::Claimed as alloy::sol_types::SolEvent>::SIGNATURE_HASH;
+    let logs = contract.chain().logs(stage.deployment.settlement, event, blocks).await.expect("events");
+    let newest = logs.first().expect("a claim");
+    let key = format!("{}/{}", newest.transaction_hash, newest.index());
+    let paid = second.tree().cumulative(payee(1));
+    stage.ledger.claimed(&key, PayoutAddress(payee(1).into()), &stage.asset, paid).await.expect("owed");
+
+    let mut claims = Claims::new(contract, stage.ledger.clone(), stage.asset.clone());
+    assert_eq!(noted(&mut claims).await, [payee(0), payee(0)]);
+    for account in [payee(0), payee(1)] {
+        assert_eq!(unclaimed(&stage, account).await, 0, "{account}");
+    }
 }
