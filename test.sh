@@ -52,7 +52,7 @@ cargo test --workspace --locked --doc --quiet
 if ! $quick; then
   step "contracts"
   contracts/build.sh --check
-  cargo test -p openlora-settlement --test agreement --locked --quiet -- --ignored
+  cargo test --workspace --test agreement --locked --quiet -- --ignored
   step "python client"
   examples/python/test.sh
 fi

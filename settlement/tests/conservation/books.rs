@@ -75,6 +75,9 @@ pub(crate) struct Books {
     leaves: BTreeMap<u8, u128>,
     receipts: Vec<String>,
     sealed_row: u64,
+    /// Claims in the chain's order, and how many of them the ledger has.
+    claims: Vec<(u8, u128)>,
+    noted: usize,
     /// Whether what is proposed can be finalized.
     window_over: bool,
     funds: BTreeSet<String>,
@@ -263,12 +266,10 @@ impl Books {
     }
 
     fn note(&mut self, until: u64) -> Result<bool, Cut> {
-        for (address, claimed) in self.chain.claimed.clone() {
-            let noted = self.accounts[&payout(address)].1;
-            if claimed > noted {
-                self.row(until)?;
-                self.give(&payout(address), "world", claimed - noted);
-            }
+        while let Some(&(address, amount)) = self.claims.get(self.noted) {
+            self.row(until)?;
+            self.give(&payout(address), "world", amount);
+            self.noted += 1;
         }
         Ok(true)
     }
@@ -330,6 +331,7 @@ impl Books {
             let owed = leaves.get(address).copied().unwrap_or_default();
             let claimed = self.chain.claimed.entry(*address).or_default();
             if owed > *claimed {
+                self.claims.push((*address, owed - *claimed));
                 *claimed = owed;
                 any = true;
             }

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use alloy::primitives::{Address, U256};
 use alloy::sol_types::SolCall as _;
-use openlora_ledger::{Account, Address as PayoutAddress, Ledger, LedgerError, Payees, Request, Tokens, Usage};
+use openlora_ledger::{Address as PayoutAddress, Ledger, LedgerError, Payees, Request, Tokens, Usage};
 use openlora_settlement::SettlementError;
 use openlora_settlement::bundle::Bundle;
 use openlora_settlement::bundles::{Bundles, publish_missing};
 use openlora_settlement::chain::At;
+use openlora_settlement::claims::Claims;
 use openlora_settlement::contracts::RewardSettlement;
 use openlora_settlement::epochs::Contract;
 use openlora_settlement::outbox::{Intent, IntentId, Status, UnixMs};
@@ -20,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::anvil::{self, OTHER};
 use crate::stage::{self, STUCK, WINDOW, address, asset};
-use crate::steps::{ADDRESSES, Step, steps};
+use crate::steps::{Step, steps};
 
 /// Set for this process: folder, port of the node, contract, seed, first step, round.
 pub(crate) const CHILD: &str = "OPENLORA_TEST_CONSERVATION_CHILD";
@@ -38,7 +39,7 @@ async fn child_that_settles() {
     let [dir, port, contract, seed, from, round] = told.split(' ').collect::<Vec<_>>().try_into().expect("six words");
     let (dir, port) = (PathBuf::from(dir), port.parse().expect("a port"));
     let now_ms = START_MS + round.parse::<i64>().expect("a number") * 1_000_000_000;
-    let desk = Desk::open(&dir, port, contract.parse().expect("an address"), now_ms).await;
+    let mut desk = Desk::open(&dir, port, contract.parse().expect("an address"), now_ms).await;
     let (mut from, steps): (usize, _) = (from.parse().expect("a number"), steps(seed.parse().expect("a seed")));
     while from < steps.len() {
         let rest = &steps[from..];
@@ -59,6 +60,7 @@ struct Desk {
     contract: Contract,
     sender: Sender,
     bundles: Bundles,
+    claims: Claims,
     port: u16,
     now_ms: Cell<i64>,
 }
@@ -78,9 +80,11 @@ fn refused(error: SettlementError) -> Refused {
 
 impl Desk {
     async fn open(dir: &Path, port: u16, contract: Address, now_ms: i64) -> Self {
+        let (ledger, contract) = (stage::ledger(dir).await, stage::contract(port, contract).await);
         Self {
-            ledger: stage::ledger(dir).await,
-            contract: stage::contract(port, contract).await,
+            claims: Claims::new(contract.clone(), ledger.clone(), asset()),
+            ledger,
+            contract,
             sender: stage::sender(dir, stage::chain(port).await).await,
             bundles: Bundles::open("", &dir.join("bundles")).expect("a folder"),
             port,
@@ -88,7 +92,7 @@ impl Desk {
         }
     }
 
-    async fn run(&self, steps: &[Step]) -> Vec<Result<(), Refused>> {
+    async fn run(&mut self, steps: &[Step]) -> Vec<Result<(), Refused>> {
         if !steps[0].is_written_together() {
             return vec![self.alone(&steps[0]).await];
         }
@@ -104,7 +108,7 @@ impl Desk {
         outcomes
     }
 
-    async fn alone(&self, step: &Step) -> Result<(), Refused> {
+    async fn alone(&mut self, step: &Step) -> Result<(), Refused> {
         match step {
             Step::Seal => self.ledger.seal().await.map(drop).map_err(refused_by_the_ledger),
             Step::Publish => {
@@ -126,7 +130,7 @@ impl Desk {
             Step::Finalize => self.finalize().await,
             Step::Claim { addresses, back } => self.claim(addresses, *back).await,
             Step::ClaimByAnother { address } => self.claim_by_another(*address).await,
-            Step::Note => self.note().await,
+            Step::Note => self.claims.note(|_| {}).await.map_err(refused),
             other => unreachable!("{other:?} is written together with others"),
         }
     }
@@ -182,23 +186,6 @@ impl Desk {
         let call = json!({ "from": OTHER, "to": to, "data": alloy::hex::encode_prefixed(data), "gas": "0x40000" });
         anvil::ask(self.port, "eth_sendTransaction", json!([call]));
         self.mine(3);
-        Ok(())
-    }
-
-    /// What was paid and is final goes into the ledger under a key that says up to where.
-    async fn note(&self) -> Result<(), Refused> {
-        for number in 1..=ADDRESSES {
-            let to = PayoutAddress([number; 20]);
-            let claimed = self.contract.claimed(address(number), At::Finalized).await.map_err(refused)?;
-            let claimed = u128::try_from(claimed).expect("at most what was funded");
-            let noted =
-                self.ledger.balance(&Account::Payout(to), &asset()).await.map_err(refused_by_the_ledger)?.debits;
-            if claimed > noted {
-                let key = format!("{to} {claimed}");
-                let done = self.ledger.claimed(&key, to, &asset(), claimed - noted).await;
-                done.map_err(refused_by_the_ledger)?;
-            }
-        }
         Ok(())
     }
 

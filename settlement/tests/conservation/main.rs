@@ -26,7 +26,7 @@ use books::Books;
 use child::{CHILD, SAID};
 use steps::steps;
 
-/// Where processes die, and at the how manieth time at most: so that the ledger's work goes on for a while in between.
+/// Where processes die, and how often at most they have been there by then.
 const POINTS: [(&str, u32); 23] = [
     ("after the row", 100),
     ("before an intent is kept", 2),
@@ -52,7 +52,7 @@ const POINTS: [(&str, u32); 23] = [
     (ANY_INSTANT, 200),
     ("after a nonce is final", 2),
 ];
-/// No point of the program's: after so many steps, from outside.
+/// No point of the program's: killed from outside once so many steps were heard of.
 const ANY_INSTANT: &str = "any instant";
 
 /// How a process ended.
