@@ -36,8 +36,8 @@ cargo build --workspace --all-targets --locked
 
 step "tests"
 selection=()
-# The CUDA kernels on the host, and their compilation for every GPU, take minutes.
-$quick && selection=(-E 'not (binary(/^(e2e|cuda|nvrtc)$/) or test(/slow_|^cuda::/))')
+# The CUDA kernels on the host, and their compilation for every GPU, take minutes; a hundred deaths half a minute.
+$quick && selection=(-E 'not (binary(/^(e2e|cuda|nvrtc|conservation)$/) or test(/slow_|^cuda::/))')
 if cargo nextest --version >/dev/null 2>&1; then
   cargo nextest run --workspace --locked --no-fail-fast "${selection[@]}"
 elif $quick; then
@@ -52,6 +52,7 @@ cargo test --workspace --locked --doc --quiet
 if ! $quick; then
   step "contracts"
   contracts/build.sh --check
+  cargo test --workspace --test agreement --locked --quiet -- --ignored
   step "python client"
   examples/python/test.sh
 fi

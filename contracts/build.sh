@@ -37,6 +37,9 @@ fi
 
 forge=$(find node_modules/@foundry-rs -type f -name forge -path '*/bin/*' -print -quit 2>/dev/null)
 [ -x "$forge" ] || die "the packages have no forge for $(uname -sm); compiling needs Linux on x86-64 or macOS on ARM"
+# The tests append to it, for settlement/tests/agreement.rs to read.
+mkdir -p cache
+rm -f cache/fuzzed.txt
 if [ "$mode" = check ]; then
   "$forge" fmt --check >&2 || die "not formatted; run contracts/build.sh"
   node test/vectors/generate.js --check

@@ -141,6 +141,31 @@ contract IndexedMerkleTest is Test {
         vm.assertTrue(this.rootOf(leaves[index], other, proof) != Tree.root(leaves), "another place, another root");
     }
 
+    /// Another implementation judges what is drawn here and what comes of it (settlement/tests/agreement.rs). A line has chain id,
+    /// settlement, token, account, cumulative, index, leaf, root, siblings.
+    function testFuzz_what_is_drawn_is_written_down(
+        address account,
+        uint128 cumulative,
+        uint8 index,
+        bytes32[8] memory siblings,
+        uint8 depth
+    ) public {
+        bytes32[] memory proof = new bytes32[](depth % 9);
+        for (uint256 i = 0; i < proof.length; ++i) {
+            proof[i] = siblings[i];
+        }
+        uint256 place = index % (uint256(1) << proof.length);
+        bytes32 leaf = settlement.leafHash(account, cumulative);
+        string memory line = string.concat(vm.toString(block.chainid), " ", vm.toString(address(settlement)));
+        line = string.concat(line, " ", vm.toString(address(settlement.TOKEN())), " ", vm.toString(account));
+        line = string.concat(line, " ", vm.toString(uint256(cumulative)), " ", vm.toString(place));
+        line = string.concat(line, " ", vm.toString(leaf), " ", vm.toString(this.rootOf(leaf, place, proof)));
+        for (uint256 i = 0; i < proof.length; ++i) {
+            line = string.concat(line, " ", vm.toString(proof[i]));
+        }
+        vm.writeLine("cache/fuzzed.txt", line);
+    }
+
     function testFuzz_depth_and_place_are_bounded(bytes32 leaf, uint256 index, uint8 depth) public {
         bytes32[] memory proof = new bytes32[](depth);
         if (depth > 32) {

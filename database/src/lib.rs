@@ -192,6 +192,7 @@ impl Database {
             if outcome.is_open() {
                 kill::point("between changes and commit");
                 turn.take().expect("an open group waits for its turn").commit().await;
+                kill::point("between commit and answer");
             }
         }
         outcome.told().await.map(|()| done)

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use sqlx::{Connection as _, Executor as _};
 
+use crate::DatabaseUrl;
+
 /// Runs statements in the database at `url`. Not to be called from async code.
 ///
 /// # Panics
@@ -16,6 +18,17 @@ pub fn sql(url: &str, statements: &str) {
         connection.execute(statements).await.expect(statements);
         connection.close().await.expect("closed");
     });
+}
+
+/// The answer to a query of a text and two byte strings, read past the room whose table it is.
+///
+/// # Panics
+/// Where the database refuses or the columns are others.
+pub async fn rows(url: &DatabaseUrl, query: &str) -> Vec<(String, Vec<u8>, Vec<u8>)> {
+    let mut connection = sqlx::AnyConnection::connect(&url.text).await.expect("connected");
+    let rows = sqlx::query_as(query).fetch_all(&mut connection).await.expect(query);
+    connection.close().await.expect("closed");
+    rows
 }
 
 /// Where `OPENLORA_TEST_POSTGRES` has a URL the same tests run on PostgreSQL, each folder in a schema of its own.

@@ -75,7 +75,8 @@ impl Ledger {
     /// epoch. Interrupted, it is finished by the next call. What an account gets after its payout is paid in the next.
     ///
     /// # Errors
-    /// [`LedgerError::EmptyEpoch`] where nothing was written since the last; [`LedgerError::Database`];
+    /// [`LedgerError::EmptyEpoch`] where nothing was written since the last, [`LedgerError::NobodyPaid`] where it would be the
+    /// first and no address is owed anything; [`LedgerError::Database`];
     /// [`LedgerError::KeyReused`] where another server seals at the same time, which changes nothing.
     pub async fn seal(&self) -> Result<Epoch, LedgerError> {
         let head = self.head().await?;

@@ -124,6 +124,12 @@ pub enum LedgerError {
         /// The last epoch, 0 where there is none.
         last: u64,
     },
+    /// An epoch that would pay nobody, and none before it did. FAILED_PRECONDITION.
+    #[error(
+        "no account that has earned anything has an address, so the epoch would pay nobody; set one with `openlora ledger address` and \
+         seal again"
+    )]
+    NobodyPaid,
     /// A sum passed 2^128, or weights do not sum. INVALID_ARGUMENT.
     #[error("{what} does not fit its type; use smaller numbers")]
     Overflow {

@@ -313,7 +313,11 @@ async fn seal(db: &mut AnyConnection, epoch: u64) -> Result<Outcome, LedgerError
     if epoch != head.epoch + 1 {
         return Err(LedgerError::NotFound { what: "open epoch", name: epoch.to_string() });
     }
-    let totals = tables::totals(db).await?.into_iter().map(|(asset, sum)| (asset, Amount(sum))).collect();
+    let totals: Vec<_> = tables::totals(db).await?.into_iter().map(|(asset, sum)| (asset, Amount(sum))).collect();
+    // An epoch without payouts has no tree: the chain would wait for it for ever. What there is goes to the first with one.
+    if totals.is_empty() {
+        return Err(LedgerError::NobodyPaid);
+    }
     let hash = blake3::Hash::from_bytes(head.hash).to_hex().to_string();
     Ok(Outcome::Sealed { first: head.epoch_row + 1, last: head.seq, head: hash, totals })
 }
@@ -336,6 +340,10 @@ impl Operation {
                     "is {account}, which is never paid out; only owner/, contributor/, base/, operator, pool and dust are"
                 );
                 Err(InvalidField::new("account", why))
+            }
+            Self::Address { address: Some(address), .. } if address.0 == [0; 20] => {
+                let why = "is the zero address, which no token pays to; give the account's own, or none";
+                Err(InvalidField::new("address", why))
             }
             Self::Address { account, .. } => account.check("account"),
             Self::Reserve(request) => {

@@ -10,6 +10,7 @@ use object_store::{
     GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, local::LocalFileSystem,
     path::Path as Key,
 };
+use openlora_database::kill;
 use openlora_ledger::{Asset, Ledger};
 use openlora_types::InvalidField;
 
@@ -167,7 +168,9 @@ pub async fn publish(
         return Ok(None);
     }
     let bundle = bundle_of(ledger, epoch, settles, asset).await?;
+    kill::point("before a bundle is put");
     bundles.put(&bundle).await?;
+    kill::point("after a bundle was put");
     Ok(Some(bundle))
 }
 

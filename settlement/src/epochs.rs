@@ -370,10 +370,15 @@ impl Contract {
     /// paid are left out, and who has nothing in it. At most [`CLAIMS_MAX`] at once.
     ///
     /// # Errors
-    /// The epoch is not final; the node's.
+    /// The epoch is not final, or two others are since; the node's.
     pub async fn claim(&self, bundle: &Bundle, accounts: &[Address]) -> Result<Option<Intent>, SettlementError> {
         let (epoch, root) = (bundle.manifest().epoch, bundle.manifest().payout_root);
-        match self.standing(epoch, root, At::Latest).await? {
+        let state = self.state(At::Latest).await?;
+        match self.standing_in(&state, epoch, root, At::Latest).await? {
+            // A batch would not revert: it would skip every entry, and cost all the same.
+            Standing::Finalized if state.epoch > epoch + 1 => {
+                return Err(SettlementError::Superseded { epoch, last: state.epoch });
+            }
             Standing::Finalized => {}
             Standing::Other { root: other, .. } => return Err(SettlementError::OtherRoot { epoch, root, other }),
             _ => return Err(SettlementError::NotFinal { epoch }),

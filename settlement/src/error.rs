@@ -289,6 +289,14 @@ pub enum SettlementError {
         /// The epoch.
         epoch: u64,
     },
+    /// An epoch that nothing can be claimed from any more: later ones have all that was earned in it.
+    #[error("the contract pays from its last two epochs, {epoch} is not one of them; claim from epoch {last}")]
+    Superseded {
+        /// The epoch.
+        epoch: u64,
+        /// The last final one.
+        last: u64,
+    },
     /// The chain paid what the ledger does not owe.
     #[error(
         "{account} was paid {amount} in {transaction} and the ledger owes it {owed}; `openlora ledger verify` and `openlora settle \

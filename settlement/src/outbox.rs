@@ -276,7 +276,10 @@ impl Outbox {
             let row = statement.fetch_one(&mut *db).await.map_err(failed(WRITE))?;
             column(&row, "id").map(IntentId)
         };
-        self.database.change(WRITE, work).await
+        kill::point("before an intent is kept");
+        let id = self.database.change(WRITE, work).await?;
+        kill::point("after an intent was kept");
+        Ok(id)
     }
 
     /// Finds an intent by its key.
@@ -479,11 +482,14 @@ impl Outbox {
 
     /// A transaction was seen in a block.
     pub(crate) async fn mined(&self, lease: &Lease, slot: &Slot, receipt: &Receipt) -> Result<(), SettlementError> {
+        kill::point("before a receipt is kept");
         self.fenced(lease, async |db| {
             self.place(db, slot.nonce, "mined", Some(receipt)).await?;
             self.annotate(db, slot.intent, "sent", None).await
         })
-        .await
+        .await?;
+        kill::point("after a receipt was kept");
+        Ok(())
     }
 
     /// The block was taken back.

@@ -19,6 +19,8 @@ use crate::error::SettlementError;
 pub const LEAF_DOMAIN: B256 = b256!("3e43c26a0e4c44b00581383c695e2e3479b94a9d9d4cda2a5b5c130b41e62fb4");
 /// The most accounts of a tree; the contract takes proofs for 256 times as many.
 pub const ACCOUNTS_MAX: usize = 1 << 24;
+/// Levels above the leaves for which the contract takes proofs.
+pub const DEPTH_MAX: usize = 32;
 /// The largest sum of all leaves that the contract keeps: 2^112 - 1.
 pub const TOTAL_MAX: u128 = (1 << 112) - 1;
 
@@ -172,11 +174,17 @@ fn node(left: B256, right: B256) -> B256 {
     keccak256(both)
 }
 
-/// The root that a leaf and its proof lead to, as the contract computes it.
+/// The root that a leaf and its proof lead to, as the contract computes it; none where it refuses: more than [`DEPTH_MAX`] siblings,
+/// or a place outside a tree of that depth.
 #[must_use]
-pub fn root_of(leaf: B256, proof: &Proof) -> B256 {
-    proof.siblings.iter().enumerate().fold(leaf, |below, (up, sibling)| match proof.index >> up & 1 {
+pub fn root_of(leaf: B256, proof: &Proof) -> Option<B256> {
+    let depth = proof.siblings.len();
+    if depth > DEPTH_MAX || proof.index as u64 >> depth != 0 {
+        return None;
+    }
+    let above = |below, (up, sibling): (usize, &B256)| match proof.index >> up & 1 {
         0 => node(below, *sibling),
         _ => node(*sibling, below),
-    })
+    };
+    Some(proof.siblings.iter().enumerate().fold(leaf, above))
 }

@@ -24,7 +24,7 @@ use openlora_settlement::epochs::{Contract, Standing, bundle_of};
 use openlora_settlement::keys::Signer;
 use openlora_settlement::outbox::{Content, Intent, SCHEMA, Status};
 use openlora_settlement::sender::{Sender, SenderConfig};
-use openlora_settlement::tree::Payout;
+use openlora_settlement::tree::{Payout, TOTAL_MAX};
 use openlora_settlement::watch::{Verdict, judge};
 use openlora_settlement::{RpcConfig, RpcUrl, SettlementError};
 use serde_json::{Value, json};
@@ -49,6 +49,10 @@ struct Stage {
 
 impl Stage {
     async fn new() -> Self {
+        Self::with(Plan::local(ACCOUNT, WINDOW)).await
+    }
+
+    async fn with(plan: Plan) -> Self {
         let anvil = Anvil::start();
         // Every transaction is in a block at once; a block is final two blocks later.
         anvil.ask("evm_setAutomine", json!([true]));
@@ -66,7 +70,6 @@ impl Stage {
             ..SenderConfig::default()
         };
         let sender = Sender::new(chain.clone(), signer, database, config);
-        let plan = Plan::local(ACCOUNT, WINDOW);
         let deployment = deploy(&sender, "test", &plan, &mut |_, _| {}).await.expect("deployed");
         let contract = Contract::open(chain, deployment.settlement).await.expect("ours");
         let ledger = Ledger::open(&url("ledger.db"), LedgerConfig::default()).await.expect("a ledger");
@@ -285,6 +288,87 @@ fn epoch_of(bundle: &Bundle) -> Epoch {
         payouts: bundle.tree().payouts().to_vec(),
         receipts: bundle.receipts().to_vec(),
     }
+}
+
+/// An epoch that no ledger had to be filled for.
+fn made_up(stage: &Stage, number: u64, payouts: &[(Address, u128)]) -> Result<Bundle, SettlementError> {
+    let mut payouts: Vec<Payout> =
+        payouts.iter().map(|&(account, cumulative)| Payout { account, cumulative }).collect();
+    payouts.sort();
+    let (rows, sealed_unix_s) = ((number, number), 1_800_000_000);
+    let epoch = Epoch { number, rows, ledger_head: B256::ZERO, sealed_unix_s, payouts, receipts: Vec::new() };
+    Bundle::new(stage.contract.settles(), epoch)
+}
+
+/// Reverts whatever it is asked.
+const UNWILLING: &str = "6003600c60003960036000f35f5ffd";
+
+#[tokio::test]
+async fn accounts_that_are_contracts_are_paid_and_one_that_cannot_be_holds_up_nobody() {
+    let stage = Stage::new().await;
+    let Deployment { token, timelock, settlement, .. } = stage.deployment;
+    let code: Bytes = UNWILLING.parse().expect("hex");
+    let hash = stage.anvil.send(json!({ "from": anvil::OTHER, "data": code, "gas": "0x100000" }));
+    stage.anvil.mine(1);
+    let receipt = stage.anvil.ask("eth_getTransactionReceipt", json!([hash]));
+    let unwilling: Address = serde_json::from_value(receipt["contractAddress"].clone()).expect("created");
+    let call = json!({ "from": ACCOUNT, "to": unwilling });
+    let refused = anvil::try_all(stage.anvil.port, "eth_call", [json!([call, "latest"])]).remove(0);
+    assert!(refused.is_err(), "it takes no call: {refused:?}");
+
+    // No token pays to the zero address; the others are paid in the same batch.
+    let accounts = [unwilling, timelock, token, settlement, payee(0), Address::ZERO];
+    let bundle = made_up(&stage, 1, &accounts.map(|account| (account, 100))).expect("a bundle");
+    stage.fund(600).await;
+    stage.succeeds(stage.contract.propose(&bundle).await.expect("due")).await;
+    stage.finalize(&bundle).await;
+    stage.succeeds(stage.contract.claim(&bundle, &[unwilling]).await.expect("final")).await;
+    stage.succeeds(stage.contract.claim(&bundle, &accounts).await.expect("final")).await;
+    for account in accounts {
+        let paid = if account == Address::ZERO { 0 } else { 100 };
+        let (claimed, has) = (
+            stage.contract.claimed(account, At::Latest).await.expect("told"),
+            stage.contract.balance(account, At::Latest).await.expect("told"),
+        );
+        // The contract has what it paid to itself and what the zero address cannot have.
+        let has = if account == settlement { has - U256::from(100) } else { has };
+        assert_eq!((claimed, has), (U256::from(paid), U256::from(paid)), "{account}");
+    }
+    let alone = stage.contract.claim(&bundle, &[Address::ZERO]).await.expect("final").expect("not paid");
+    let error = stage.contract.submit(&stage.sender, alone).await.expect_err("never paid").to_string();
+    assert!(error.contains("ERC20InvalidReceiver"), "{error}");
+}
+
+#[tokio::test]
+async fn the_most_that_the_contract_keeps_is_paid_and_more_is_refused_by_name() {
+    let mut plan = Plan::local(ACCOUNT, WINDOW);
+    plan.supply = U256::from(TOTAL_MAX);
+    let stage = Stage::with(plan).await;
+    let contract = &stage.contract;
+    let one = payee(1);
+    stage.fund(TOTAL_MAX).await;
+    // One account: the leaf is the root and the proof is empty.
+    let mut bundles = Vec::new();
+    for (number, amount) in [(1, 1), (2, TOTAL_MAX), (3, TOTAL_MAX)] {
+        let bundle = made_up(&stage, number, &[(one, amount)]).expect("a bundle");
+        assert_eq!(bundle.tree().root(), contract.settles().leaf(one, amount));
+        stage.succeeds(contract.propose(&bundle).await.expect("due")).await;
+        stage.finalize(&bundle).await;
+        bundles.push(bundle);
+    }
+    let old = contract.claim(&bundles[0], &[one]).await.expect_err("not one of the last two");
+    assert!(matches!(old, SettlementError::Superseded { epoch: 1, last: 3 }), "{old}");
+    stage.pay(&bundles[1]).await;
+    stage.assert_paid(&bundles[2]).await;
+
+    let refused = |payouts: &[(Address, u128)]| made_up(&stage, 4, payouts).expect_err("no bundle");
+    for payouts in [&[(one, TOTAL_MAX + 1)][..], &[(one, TOTAL_MAX), (payee(2), 1)], &[(one, u128::MAX), (payee(2), 1)]]
+    {
+        assert!(matches!(refused(payouts), SettlementError::TotalTooLarge { max: TOTAL_MAX, .. }));
+    }
+    assert!(matches!(refused(&[]), SettlementError::Accounts { given: 0, .. }));
+    let twice = refused(&[(one, 1), (one, 2)]);
+    assert!(matches!(twice, SettlementError::AccountOrder { account, after } if account == one && after == one));
 }
 
 #[tokio::test]

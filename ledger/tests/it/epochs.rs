@@ -69,10 +69,31 @@ async fn amounts_accrue_without_an_address_and_a_later_address_changes_no_sealed
 }
 
 #[tokio::test]
+async fn an_epoch_that_would_pay_nobody_is_not_sealed_and_what_there_is_goes_to_the_first_that_does() {
+    let Bench { ledger, dir: _dir, .. } = Bench::new().await;
+    ledger.deposit("d", "app", &usd(), 100_000).await.expect("deposited");
+    pay(&ledger, "a", Some("ra")).await;
+    let nobody = ledger.seal().await.expect_err("no address");
+    assert!(nobody.to_string().contains("openlora ledger address"), "{nobody}");
+    let zero = ledger.set_address("z", &Account::Operator, Some(address(0))).await.expect_err("nobody's");
+    assert!(zero.to_string().starts_with("address is the zero address"), "{zero}");
+    ledger.set_address("o", &Account::Operator, Some(address(1))).await.expect("set");
+    let first = ledger.seal().await.expect("sealed");
+    assert_eq!((first.number, first.first), (1, 1));
+    assert_eq!(owed(&leaves(&ledger, 1).await), [(1, 150)]);
+    // Without anything new for an address, it has what it had.
+    pay(&ledger, "b", None).await;
+    ledger.set_address("p", &Account::Operator, None).await.expect("set");
+    ledger.seal().await.expect("sealed");
+    assert_eq!(owed(&leaves(&ledger, 2).await), [(1, 150)]);
+}
+
+#[tokio::test]
 async fn receipts_of_an_epoch_are_those_charged_and_those_settled_in_it() {
     let config = LedgerConfig { page_rows_max: 2, ..LedgerConfig::default() };
     let Bench { ledger, dir: _dir, .. } = Bench::with(config).await;
     ledger.deposit("d", "app", &usd(), 100_000).await.expect("deposited");
+    ledger.set_address("o", &Account::Operator, Some(address(1))).await.expect("set");
     pay(&ledger, "a", Some("ra")).await;
     pay(&ledger, "b", Some("rb")).await;
     ledger.attribute("ra", vec![("ann".into(), 1)], 0).await.expect("attributed");

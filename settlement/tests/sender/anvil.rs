@@ -55,10 +55,7 @@ impl Anvil {
 
     /// A question that must be answered.
     pub(crate) fn ask(&self, method: &str, params: Value) -> Value {
-        let question = json!({ "jsonrpc": "2.0", "id": 1, "method": method, "params": params }).to_string();
-        let answer: Value = serde_json::from_slice(&post(self.port, question.as_bytes())).expect("JSON");
-        assert!(answer["error"].is_null(), "{method}: {answer}");
-        answer["result"].clone()
+        ask(self.port, method, params)
     }
 
     pub(crate) fn mine(&self, blocks: u64) {
@@ -96,6 +93,31 @@ impl Drop for Anvil {
 
 pub(crate) fn number(value: &Value) -> u64 {
     serde_json::from_value::<U256>(value.clone()).expect("a number").to()
+}
+
+/// A question that must be answered, to the node at `port`.
+pub(crate) fn ask(port: u16, method: &str, params: Value) -> Value {
+    ask_all(port, method, [params]).remove(0)
+}
+
+/// Questions that must all be answered, in one request; the answers in their order.
+pub(crate) fn ask_all(port: u16, method: &str, params: impl IntoIterator<Item = Value>) -> Vec<Value> {
+    let answers = try_all(port, method, params).into_iter();
+    answers.map(|answer| answer.unwrap_or_else(|error| panic!("{method}: {error}"))).collect()
+}
+
+/// As [`ask_all`], with the errors of those that are refused.
+pub(crate) fn try_all(port: u16, method: &str, params: impl IntoIterator<Item = Value>) -> Vec<Result<Value, Value>> {
+    let question = |(id, params)| json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params });
+    let questions: Vec<Value> = (0..).zip(params).map(question).collect::<Vec<Value>>();
+    let body = serde_json::to_vec(&questions).expect("JSON");
+    let mut answers: Vec<Value> = serde_json::from_slice(&post(port, &body)).expect("JSON");
+    assert_eq!(answers.len(), questions.len(), "{method}");
+    answers.sort_by_key(|answer| answer["id"].as_u64());
+    let result = |mut answer: Value| {
+        if answer["error"].is_null() { Ok(answer["result"].take()) } else { Err(answer["error"].take()) }
+    };
+    answers.into_iter().map(result).collect()
 }
 
 /// The body of the answer to a body.
