@@ -176,6 +176,29 @@ pub(crate) fn key_files(config: &Config) -> Result<(&Path, &Path)> {
     Ok((&settings.keystore, &settings.password_file))
 }
 
+/// The key of the settings.
+pub(crate) async fn configured_signer(config: &Config) -> Result<Signer> {
+    let settings = &config.settlement;
+    if settings.kms_key.is_empty() {
+        let (keystore, password) = key_files(config)?;
+        return Ok(Signer::open(keystore, &Password::read(password)?)?);
+    }
+    if !settings.keystore.as_os_str().is_empty() {
+        bail!("settlement.kms_key and settlement.keystore are both set; leave one of them empty");
+    }
+    kms(&settings.kms_key).await
+}
+
+#[cfg(feature = "aws-kms")]
+async fn kms(key: &str) -> Result<Signer> {
+    Ok(Signer::kms(key).await?)
+}
+
+#[cfg(not(feature = "aws-kms"))]
+async fn kms(_key: &str) -> Result<Signer> {
+    bail!("settlement.kms_key is set, and this program was built without AWS KMS; build it with `--features aws-kms`")
+}
+
 async fn deployed(global: &Global, args: &DeployArgs) -> Result<ExitCode> {
     let mut config = load_config(global, &[])?.config;
     if let Some(rpc) = &args.rpc {
@@ -220,9 +243,8 @@ pub(crate) async fn open_chain(url: &str, id: u64) -> Result<Chain> {
 
 /// What sends with the key of the settings.
 pub(crate) async fn configured_sender(config: &Config) -> Result<Sender> {
-    let (keystore, password) = key_files(config)?;
+    let signer = configured_signer(config).await?;
     let chain = configured_chain(config).await?;
-    let signer = Signer::open(keystore, &Password::read(password)?)?;
     let settings = &config.settlement;
     let file = &settings.default_file;
     let database = ledger::database_url("settlement.database_url", &settings.database_url, file)?;

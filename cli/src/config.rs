@@ -148,6 +148,7 @@ pub(crate) struct Settlement {
     pub(crate) contract: String,
     pub(crate) keystore: PathBuf,
     pub(crate) password_file: PathBuf,
+    pub(crate) kms_key: String,
     pub(crate) bundles_url: String,
     pub(crate) bundles_dir: PathBuf,
     pub(crate) database_url: String,

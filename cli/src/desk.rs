@@ -254,7 +254,7 @@ impl Worker {
         for (setting, path) in
             [("settlement.keystore", &settings.keystore), ("settlement.password_file", &settings.password_file)]
         {
-            if path.as_os_str().is_empty() {
+            if path.as_os_str().is_empty() && settings.kms_key.is_empty() {
                 let next = "set it to what `openlora chain dev` prints, or to the proposer's, and restart the server";
                 return Err(EpochsError::NotConfigured { setting, next });
             }

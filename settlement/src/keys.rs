@@ -55,7 +55,9 @@ pub enum KeyError {
     },
     /// AWS KMS gave no such key.
     #[cfg(feature = "aws-kms")]
-    #[error("could not use the key {key} of AWS KMS: {why}; it must be of the kind ECC_SECG_P256K1, and AWS_REGION and credentials set")]
+    #[error(
+        "could not use the key {key} of AWS KMS: {why}; it must be of the kind ECC_SECG_P256K1, and AWS_REGION and credentials set"
+    )]
     Kms {
         /// Its id.
         key: String,

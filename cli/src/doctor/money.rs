@@ -95,15 +95,17 @@ async fn connect(config: &Config) -> Result<Connected> {
 }
 
 fn keystore(config: &Config, connected: Option<&Connected>) -> Result<String> {
-    if config.settlement.keystore.as_os_str().is_empty() {
+    let settings = &config.settlement;
+    if settings.keystore.as_os_str().is_empty() && settings.kms_key.is_empty() {
         return Ok(
             "not configured; set settlement.keystore and settlement.password_file, `openlora chain key` makes them"
                 .into(),
         );
     }
-    let (keystore, password) = chain::key_files(config)?;
-    own(keystore)?;
-    let account = Signer::open(keystore, &Password::read(password)?)?.address();
+    if !settings.keystore.as_os_str().is_empty() {
+        own(&settings.keystore)?;
+    }
+    let account = block_on(in_time("settlement.kms_key", chain::configured_signer(config)))?.address();
     let Some(Connected { chain, contract, .. }) = connected else { return Ok(format!("account {account}")) };
     block_on(in_time("settlement.rpc_url", async {
         let wei = chain.balance(account).await?;
