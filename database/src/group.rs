@@ -42,7 +42,7 @@ impl Group {
     /// Where the whole transaction is lost.
     pub(crate) async fn run<T, E: Failure>(
         &mut self,
-        work: &impl AsyncFn(&mut AnyConnection) -> Result<T, E>,
+        work: &mut impl AsyncFnMut(&mut AnyConnection) -> Result<T, E>,
     ) -> Result<Result<T, E>, Arc<sqlx::Error>> {
         self.connection.execute("SAVEPOINT change").await?;
         let done = work(&mut self.connection).await;

@@ -149,10 +149,10 @@ impl Database {
     pub async fn change<T, E: Failure>(
         &self,
         action: &'static str,
-        work: impl AsyncFn(&mut AnyConnection) -> Result<T, E>,
+        mut work: impl AsyncFnMut(&mut AnyConnection) -> Result<T, E>,
     ) -> Result<T, E> {
         for tried in 1.. {
-            match self.once(&work).await {
+            match self.once(&mut work).await {
                 // Other servers were in between: the more often, the longer they are given.
                 Err(error) if tried < TRIES && overtaken(&error) => {
                     tokio::time::sleep(Duration::from_millis(tried as u64)).await;
@@ -166,7 +166,7 @@ impl Database {
     /// What `work` returned, once its transaction is committed; or why that was not possible.
     async fn once<T, E: Failure>(
         &self,
-        work: &impl AsyncFn(&mut AnyConnection) -> Result<T, E>,
+        work: &mut impl AsyncFnMut(&mut AnyConnection) -> Result<T, E>,
     ) -> Result<Result<T, E>, Arc<sqlx::Error>> {
         let mut turn = self.turn.lock().await;
         let (mut group, first) = match turn.take() {

@@ -8,6 +8,7 @@ use crate::{
     ledger::{Ledger, mismatch},
     row::{Operation, Outcome},
     tables::{self, Head, amount, bytes, i, parsed, read_error},
+    write::due,
 };
 
 /// A sealed epoch.
@@ -101,7 +102,7 @@ impl Ledger {
     }
 
     async fn is_due(&self, after: &str) -> Result<bool, LedgerError> {
-        Ok(!self.writer.due(&mut *self.connection().await?, after, 1).await?.is_empty())
+        Ok(!due(&mut *self.connection().await?, after, 1).await?.is_empty())
     }
 
     /// The newest epoch's number, 0 where none was sealed.
