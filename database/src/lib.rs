@@ -34,7 +34,7 @@ use url::Kind;
 /// Connections held at once; readers of a SQLite file do not wait for its writer.
 const CONNECTIONS_MAX: u32 = 8;
 /// KiB of pages that each connection to a SQLite file keeps; the system keeps the rest of the file while there is room.
-const SQLITE_CACHE_KIB: u32 = 512;
+const SQLITE_CACHE_KIB: u32 = 2_048;
 /// How long a call waits for a connection.
 const ACQUIRE: Duration = Duration::from_secs(10);
 /// How long a statement waits for another process that writes to the SQLite file.
@@ -177,7 +177,12 @@ impl Database {
             None => (Group::begin(&self.pool, self.kind).await?, true),
         };
         let mut outcome = group.outcome();
-        let done = match group.run(work).await {
+        let done = if first { group.run_first(work).await } else { group.run(work).await };
+        let done = match done {
+            Ok(done) if first && done.is_err() => {
+                group.roll_back().await;
+                return Ok(done);
+            }
             Ok(done) => done,
             Err(error) => {
                 group.end(Err(Arc::clone(&error))).await;

@@ -196,8 +196,8 @@ impl Receipts<'_> {
     pub async fn next(&mut self) -> Result<Vec<Evidence>, LedgerError> {
         let mut found = Vec::new();
         while found.is_empty() && self.after < self.last {
-            let limit = self.ledger.writer.config.page_rows_max.min((self.last - self.after) as usize);
-            let rows = tables::rows(&mut *self.ledger.connection().await?, self.after, limit).await?;
+            let limit = self.ledger.writer.config.page_rows_max;
+            let rows = tables::charges(&mut *self.ledger.connection().await?, self.after, self.last, limit).await?;
             for row in &rows {
                 let (receipt, settled) = match row.parse()?.asked {
                     Operation::Post(usage) => (usage.receipt, false),

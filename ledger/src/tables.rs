@@ -122,6 +122,21 @@ pub(crate) async fn rows(db: &mut AnyConnection, after: u64, limit: usize) -> Re
     rows.iter().map(journal_row).collect()
 }
 
+/// At most `limit` rows after `after` and up to `last` that closed a reservation or settled a receipt, ascending.
+pub(crate) async fn charges(
+    db: &mut AnyConnection,
+    after: u64,
+    last: u64,
+    limit: usize,
+) -> Result<Vec<Row>, LedgerError> {
+    let sql = format!(
+        "{ROW} WHERE seq > $1 AND seq <= $2 AND (idempotency LIKE 'close/%' OR idempotency LIKE 'receipt/%') \
+         ORDER BY seq LIMIT $3"
+    );
+    let statement = query(&sql).bind(i(after)).bind(i(last)).bind(i(limit as u64));
+    statement.fetch_all(db).await.map_err(read_error)?.iter().map(journal_row).collect()
+}
+
 /// The rows with these idempotency keys, in any order.
 pub(crate) async fn find_all(db: &mut AnyConnection, idempotency: &[String]) -> Result<Vec<Row>, LedgerError> {
     let mut found = Vec::new();
