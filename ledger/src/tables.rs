@@ -141,7 +141,7 @@ pub(crate) async fn charges(
 pub(crate) async fn find_all(db: &mut AnyConnection, idempotency: &[String]) -> Result<Vec<Row>, LedgerError> {
     let mut found = Vec::new();
     for keys in idempotency.chunks(BATCH) {
-        let sql = format!("{ROW} WHERE idempotency IN {}", places(1, 1, keys.len()));
+        let sql = format!("{ROW} WHERE idempotency IN {}", places(db, 1, keys.len()));
         let statement = keys.iter().fold(query(&sql), |statement, key| statement.bind(key));
         for row in statement.fetch_all(&mut *db).await.map_err(read_error)? {
             found.push(journal_row(&row)?);
@@ -186,11 +186,11 @@ pub(crate) async fn balances(db: &mut AnyConnection, accounts: &[(String, String
     let mut found = Balances::new();
     for (asset, accounts) in by_asset {
         for accounts in accounts.chunks(BATCH) {
+            let (names, last) = (places(db, 1, accounts.len()), place(db, accounts.len() + 1));
             let sql = format!(
-                "SELECT account, credits, debits FROM ledger_balances WHERE asset = $1 AND account IN {}",
-                places(2, 1, accounts.len())
+                "SELECT account, credits, debits FROM ledger_balances WHERE account IN {names} AND asset = {last}"
             );
-            let statement = accounts.iter().fold(query(&sql).bind(asset), |statement, name| statement.bind(*name));
+            let statement = accounts.iter().fold(query(&sql), |statement, name| statement.bind(*name)).bind(asset);
             for row in statement.fetch_all(&mut *db).await.map_err(read_error)? {
                 let balance = Balance { credits: amount(&row, "credits")?, debits: amount(&row, "debits")? };
                 found.insert((text(&row, "account")?, asset.to_owned()), balance);
@@ -252,7 +252,7 @@ pub(crate) async fn held_all(db: &mut AnyConnection, receipts: &[String]) -> Res
     for receipts in receipts.chunks(BATCH) {
         let sql = format!(
             "SELECT receipt, asset, amount, at_ms FROM ledger_held WHERE receipt IN {}",
-            places(1, 1, receipts.len())
+            places(db, 1, receipts.len())
         );
         let statement = receipts.iter().fold(query(&sql), |statement, receipt| statement.bind(receipt));
         for row in statement.fetch_all(&mut *db).await.map_err(read_error)? {
@@ -320,15 +320,19 @@ impl<K: Ord, V> Lines<K, V> {
     }
 }
 
-/// Lines that one statement reads or writes. SQLite looks parameters up one after another: many lines in one statement
-/// take longer than in several.
-const BATCH: usize = 50;
+/// Lines that one statement reads or writes.
+const BATCH: usize = 100;
 
-/// `($1, $2), ($3, $4)` for `rows` of `columns`, numbered from `first`.
-fn places(first: usize, rows: usize, columns: usize) -> String {
+/// The place of a statement's `n`-th parameter. SQLite looks numbered ones up one after another, for each that is bound.
+fn place(db: &AnyConnection, n: usize) -> String {
+    if db.backend_name() == "SQLite" { "?".into() } else { format!("${n}") }
+}
+
+/// `($1, $2), ($3, $4)` for `rows` of `columns`.
+fn places(db: &AnyConnection, rows: usize, columns: usize) -> String {
     let row = |r: usize| {
-        let place = |c: usize| format!("${}", first + r * columns + c);
-        format!("({})", (0..columns).map(place).collect::<Vec<_>>().join(", "))
+        let places: Vec<_> = (1..=columns).map(|c| place(db, r * columns + c)).collect();
+        format!("({})", places.join(", "))
     };
     (0..rows).map(row).collect::<Vec<_>>().join(", ")
 }
@@ -346,7 +350,7 @@ async fn insert<T>(
 ) -> Result<(), LedgerError> {
     let columns = into.matches(',').count() + 1;
     for lines in lines.chunks(BATCH) {
-        let sql = format!("INSERT INTO {into} VALUES {} {or}", places(1, lines.len(), columns));
+        let sql = format!("INSERT INTO {into} VALUES {} {or}", places(db, lines.len(), columns));
         let statement = lines.iter().fold(query(&sql), &bind);
         statement.execute(&mut *db).await.map_err(write_error)?;
     }
@@ -356,7 +360,7 @@ async fn insert<T>(
 /// Removes the lines that have `keys` in `column`.
 async fn delete(db: &mut AnyConnection, table: &str, column: &str, keys: &[&String]) -> Result<(), LedgerError> {
     for keys in keys.chunks(BATCH) {
-        let sql = format!("DELETE FROM {table} WHERE {column} IN {}", places(1, 1, keys.len()));
+        let sql = format!("DELETE FROM {table} WHERE {column} IN {}", places(db, 1, keys.len()));
         let statement = keys.iter().fold(query(&sql), |statement, key| statement.bind(*key));
         statement.execute(&mut *db).await.map_err(write_error)?;
     }
