@@ -257,7 +257,7 @@ async fn a_write_or_flush_that_fails_is_told_and_loses_and_invents_nothing() {
     let library = TempDir::new().expect("a temporary folder");
     let library = failing_disk(library.path());
     // A transaction is flushed once and written in many pieces.
-    for (call, step) in [("FAIL_FLUSH", 1), ("FAIL_WRITE", 7)] {
+    for (call, step) in [("FAIL_FLUSH", 1), ("FAIL_WRITE", 13)] {
         let mut refused = 0;
         for number in (1..).step_by(step) {
             let dir = TempDir::new().expect("a temporary folder");
