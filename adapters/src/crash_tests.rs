@@ -158,11 +158,7 @@ fn a_removal_killed_at_any_point_leaves_the_adapter_or_nothing() {
 #[test]
 fn a_flush_that_fails_refuses_the_registration_and_leaves_the_old_adapter() {
     let library = TempDir::new().expect("a temporary folder");
-    let library = library.path().join("failing_flush.so");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/failing_flush.c");
-    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).arg("-ldl").output();
-    let compiled = compiled.expect("the compiler that links Rust programs");
-    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let library = openlora_database::testing::failing_disk(library.path());
     let mut refused = 0;
     for flush in 1.. {
         let dir = with_an_adapter();
@@ -170,7 +166,7 @@ fn a_flush_that_fails_refuses_the_registration_and_leaves_the_old_adapter() {
         let ended = child.env("LD_PRELOAD", &library).env("FAIL_FLUSH", flush.to_string()).output().expect("ran");
         let (said, errors) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
         assert!(ended.status.success(), "flush {flush}: {said}{errors}");
-        if !errors.contains("a flush failed") {
+        if !errors.contains("the disk failed") {
             assert!(said.contains("answered: a\nthen b"), "nothing failed: {said}");
             break;
         }

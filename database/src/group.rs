@@ -3,6 +3,7 @@
 //! The first change begins the transaction, runs, and queues again to commit it; those that queued before it did run in
 //! between, one after another, each in a savepoint of its own, so that one that is refused undoes itself alone. All are
 //! told after the commit, the refused too: what they were refused for may have been another's that comes to nothing.
+//! The first needs no savepoint, which costs a copy of every page that it changes: refused, it undoes the transaction.
 
 use std::sync::Arc;
 
@@ -36,13 +37,28 @@ impl Group {
         Outcome(self.ended.subscribe())
     }
 
-    /// Runs `work`, undone where it returns an error.
+    /// Runs the first `work` of the transaction; where it returns an error the transaction is to be rolled back.
+    ///
+    /// # Errors
+    /// Where it lost to another and may be run again.
+    pub(crate) async fn run_first<T, E: Failure>(
+        &mut self,
+        work: &mut impl AsyncFnMut(&mut AnyConnection) -> Result<T, E>,
+    ) -> Result<Result<T, E>, Arc<sqlx::Error>> {
+        let done = work(&mut self.connection).await;
+        match done.as_ref().err().and_then(Failure::database) {
+            Some(error) if overtaken(&error.source) => Err(Arc::clone(&error.source)),
+            _ => Ok(done),
+        }
+    }
+
+    /// Runs `work` after others, undone where it returns an error.
     ///
     /// # Errors
     /// Where the whole transaction is lost.
     pub(crate) async fn run<T, E: Failure>(
         &mut self,
-        work: &impl AsyncFn(&mut AnyConnection) -> Result<T, E>,
+        work: &mut impl AsyncFnMut(&mut AnyConnection) -> Result<T, E>,
     ) -> Result<Result<T, E>, Arc<sqlx::Error>> {
         self.connection.execute("SAVEPOINT change").await?;
         let done = work(&mut self.connection).await;
@@ -57,6 +73,10 @@ impl Group {
             (_, Err(error)) => Err(error.into()),
             _ => Ok(done),
         }
+    }
+
+    pub(crate) async fn roll_back(mut self) {
+        self.open = self.connection.execute("ROLLBACK").await.is_err();
     }
 
     pub(crate) async fn commit(mut self) {

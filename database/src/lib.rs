@@ -34,7 +34,7 @@ use url::Kind;
 /// Connections held at once; readers of a SQLite file do not wait for its writer.
 const CONNECTIONS_MAX: u32 = 8;
 /// KiB of pages that each connection to a SQLite file keeps; the system keeps the rest of the file while there is room.
-const SQLITE_CACHE_KIB: u32 = 512;
+const SQLITE_CACHE_KIB: u32 = 2_048;
 /// How long a call waits for a connection.
 const ACQUIRE: Duration = Duration::from_secs(10);
 /// How long a statement waits for another process that writes to the SQLite file.
@@ -149,10 +149,10 @@ impl Database {
     pub async fn change<T, E: Failure>(
         &self,
         action: &'static str,
-        work: impl AsyncFn(&mut AnyConnection) -> Result<T, E>,
+        mut work: impl AsyncFnMut(&mut AnyConnection) -> Result<T, E>,
     ) -> Result<T, E> {
         for tried in 1.. {
-            match self.once(&work).await {
+            match self.once(&mut work).await {
                 // Other servers were in between: the more often, the longer they are given.
                 Err(error) if tried < TRIES && overtaken(&error) => {
                     tokio::time::sleep(Duration::from_millis(tried as u64)).await;
@@ -166,7 +166,7 @@ impl Database {
     /// What `work` returned, once its transaction is committed; or why that was not possible.
     async fn once<T, E: Failure>(
         &self,
-        work: &impl AsyncFn(&mut AnyConnection) -> Result<T, E>,
+        work: &mut impl AsyncFnMut(&mut AnyConnection) -> Result<T, E>,
     ) -> Result<Result<T, E>, Arc<sqlx::Error>> {
         let mut turn = self.turn.lock().await;
         let (mut group, first) = match turn.take() {
@@ -177,7 +177,12 @@ impl Database {
             None => (Group::begin(&self.pool, self.kind).await?, true),
         };
         let mut outcome = group.outcome();
-        let done = match group.run(work).await {
+        let done = if first { group.run_first(work).await } else { group.run(work).await };
+        let done = match done {
+            Ok(done) if first && done.is_err() => {
+                group.roll_back().await;
+                return Ok(done);
+            }
             Ok(done) => done,
             Err(error) => {
                 group.end(Err(Arc::clone(&error))).await;

@@ -1,6 +1,9 @@
 //! What the tests of rooms with tables share.
 
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use sqlx::{Connection as _, Executor as _};
 
@@ -39,4 +42,19 @@ pub fn postgres_schema(dir: &Path) -> Option<String> {
     let schema = format!("t_{}", letters.to_ascii_lowercase());
     sql(&url, &format!("CREATE SCHEMA IF NOT EXISTS {schema}"));
     Some(format!("{url}?options=-c%20search_path%3D{schema}"))
+}
+
+/// Compiles a library into `dir` that, named in `LD_PRELOAD`, makes one flush or write of a process fail with EIO: the one
+/// whose number is in `FAIL_FLUSH` or `FAIL_WRITE`. The process then says `the disk failed` on its standard error.
+///
+/// # Panics
+/// Without a C compiler.
+#[must_use]
+pub fn failing_disk(dir: &Path) -> PathBuf {
+    let library = dir.join("failing_disk.so");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/failing_disk.c");
+    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).arg("-ldl").output();
+    let compiled = compiled.expect("the compiler that links Rust programs");
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    library
 }

@@ -1,8 +1,9 @@
 //! Prints how many requests a second are reserved and posted durably, and how long an epoch of many accounts takes.
 //!
-//! `cargo run -p openlora-ledger --example rate [USAGES] [ACCOUNTS]`
+//! `cargo run --release -p openlora-ledger --example rate [USAGES] [ACCOUNTS] [FILE]`; with a file, the ledger is left
+//! there before its epoch is sealed (for `openlora-settlement`'s example `epoch`).
 
-use std::time::Instant;
+use std::{path::PathBuf, time::Instant};
 
 use openlora_database::DatabaseUrl;
 use openlora_ledger::{
@@ -17,8 +18,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
     let mut number = |default: u64| arguments.next().map_or(Ok(default), |text| text.parse());
     let (usages, accounts) = (number(20_000)?, number(10_000)?);
-    let dir = tempfile::tempdir()?;
-    let ledger = Ledger::open(&DatabaseUrl::sqlite(&dir.path().join("ledger.db")), LedgerConfig::default()).await?;
+    let (dir, kept) = (tempfile::tempdir()?, arguments.next().map(PathBuf::from));
+    let file = kept.clone().unwrap_or_else(|| dir.path().join("ledger.db"));
+    let ledger = Ledger::open(&DatabaseUrl::sqlite(&file), LedgerConfig::default()).await?;
     let asset = Asset::parse("USDC")?;
     let prices = Prices { prompt: 100_000_000, cached: 10_000_000, completion: 300_000_000 };
     ledger.set_prices("p", &Target::Base, &asset, prices).await?;
@@ -61,6 +63,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ledger.attribute(&format!("0/{chunk}"), shares, 0).await?;
     }
     println!("{accounts} accounts given addresses and shares in {:.2} s", began.elapsed().as_secs_f64());
+    if kept.is_some() {
+        ledger.close().await;
+        return Ok(());
+    }
     let began = Instant::now();
     let epoch = ledger.seal().await?;
     println!("sealed in {:.2} s", began.elapsed().as_secs_f64());

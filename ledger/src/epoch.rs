@@ -8,6 +8,7 @@ use crate::{
     ledger::{Ledger, mismatch},
     row::{Operation, Outcome},
     tables::{self, Head, amount, bytes, i, parsed, read_error},
+    write::due,
 };
 
 /// A sealed epoch.
@@ -102,7 +103,7 @@ impl Ledger {
     }
 
     async fn is_due(&self, after: &str) -> Result<bool, LedgerError> {
-        Ok(!self.writer.due(&mut *self.connection().await?, after, 1).await?.is_empty())
+        Ok(!due(&mut *self.connection().await?, after, 1).await?.is_empty())
     }
 
     /// The newest epoch's number, 0 where none was sealed.
@@ -196,8 +197,8 @@ impl Receipts<'_> {
     pub async fn next(&mut self) -> Result<Vec<Evidence>, LedgerError> {
         let mut found = Vec::new();
         while found.is_empty() && self.after < self.last {
-            let limit = self.ledger.writer.config.page_rows_max.min((self.last - self.after) as usize);
-            let rows = tables::rows(&mut *self.ledger.connection().await?, self.after, limit).await?;
+            let limit = self.ledger.writer.config.page_rows_max;
+            let rows = tables::charges(&mut *self.ledger.connection().await?, self.after, self.last, limit).await?;
             for row in &rows {
                 let (receipt, settled) = match row.parse()?.asked {
                     Operation::Post(usage) => (usage.receipt, false),

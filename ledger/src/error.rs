@@ -152,6 +152,15 @@ pub enum LedgerError {
     Stopped,
 }
 
+impl LedgerError {
+    /// Whether the transaction is lost in which this came up; what else is wrong concerns who asked alone.
+    pub(crate) fn ends_transaction(&self) -> bool {
+        // A value that is not what this program writes is the operation's that reads it.
+        self.database()
+            .is_some_and(|error| !matches!(*error.source, sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. }))
+    }
+}
+
 impl Failure for LedgerError {
     fn database(&self) -> Option<&DatabaseError> {
         match self {

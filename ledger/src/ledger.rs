@@ -7,13 +7,14 @@ use std::{
 
 use openlora_database::{Database, DatabaseUrl};
 use openlora_types::InvalidField;
-use sqlx::{AnyConnection, query};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use sqlx::query;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     account::{Account, Address, Amount, Asset},
     config::LedgerConfig,
     error::LedgerError,
+    queue::{Job, write_all},
     row::{Operation, Outcome, Request, Usage, Version},
     tables::{SCHEMA, i, read_error, text},
     terms::{Prices, Split, Target},
@@ -76,37 +77,6 @@ pub struct Ledger {
     pub(crate) writer: Arc<Writer>,
     clock: Clock,
     jobs: mpsc::Sender<Job>,
-}
-
-/// Something to write, and who waits for it.
-struct Job {
-    key: String,
-    asked: Operation,
-    at_ms: u64,
-    answer: oneshot::Sender<Result<Written, LedgerError>>,
-}
-
-/// The writer's thread: begins what is queued in its order, at most `writes_max` at once; they share transactions. Ends
-/// when the ledger is dropped and what was begun is done.
-fn write_all(db: &Arc<Database>, writer: &Arc<Writer>, mut queue: mpsc::Receiver<Job>) {
-    // Without a runtime every caller is told that the ledger stopped.
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-    let max = writer.config.writes_max;
-    let room = Arc::new(Semaphore::new(max));
-    runtime.block_on(tokio::task::LocalSet::new().run_until(async {
-        while let Some(Job { key, asked, at_ms, answer }) = queue.recv().await {
-            let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
-            let (db, writer) = (Arc::clone(db), Arc::clone(writer));
-            tokio::task::spawn_local(async move {
-                let work = async |db: &mut AnyConnection| writer.run(db, (&key, &asked), at_ms).await;
-                let done = db.change("write to the ledger", work).await;
-                // Whoever does not wait any more may ask again with the key.
-                let _gone = answer.send(done);
-                drop(permit);
-            });
-        }
-        let _all_done = room.acquire_many(max as u32).await;
-    }));
 }
 
 impl Ledger {

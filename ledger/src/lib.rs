@@ -6,13 +6,16 @@
 //! with numbers.
 //!
 //! Where to start: [`Ledger`] (`ledger.rs`) is the whole; `row.rs` says what a row is and what follows from it,
-//! `write.rs` decides, `terms.rs` divides, `tables.rs` has the SQL, `epoch.rs` seals and folds, `verify.rs` checks.
+//! `queue.rs` writes what queues together, `write.rs` decides, `terms.rs` divides, `draft.rs` holds what is not written yet,
+//! `tables.rs` has the SQL, `epoch.rs` seals and folds, `verify.rs` checks.
 
 mod account;
 mod config;
+mod draft;
 mod epoch;
 mod error;
 mod ledger;
+mod queue;
 mod read;
 mod row;
 mod tables;

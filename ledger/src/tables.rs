@@ -1,14 +1,21 @@
-//! The tables as SQL: the journal's rows and what is derived from them. Statements only; `write.rs` decides.
+//! The tables as SQL: the journal's rows and what is derived from them. Statements only; `write.rs` decides, `draft.rs`
+//! says what is written.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, rc::Rc};
 
 use openlora_database::{DatabaseError, Schema, Version};
-use sqlx::{AnyConnection, Row as _, any::AnyRow, query};
+use sqlx::{
+    Any, AnyConnection, Row as _,
+    any::{AnyArguments, AnyRow},
+    query,
+    query::Query,
+};
 
 use crate::{
     account::{Account, Amount, Asset},
+    draft::Tables,
     error::LedgerError,
-    row::{Effect, Move, Row, used_after},
+    row::{Move, Row, used_after},
 };
 
 /// The tables.
@@ -115,10 +122,32 @@ pub(crate) async fn rows(db: &mut AnyConnection, after: u64, limit: usize) -> Re
     rows.iter().map(journal_row).collect()
 }
 
-pub(crate) async fn insert_row(db: &mut AnyConnection, row: &Row) -> Result<(), LedgerError> {
-    let sql = "INSERT INTO ledger_rows (seq, at_ms, idempotency, body, hash) VALUES ($1, $2, $3, $4, $5)";
-    let statement = query(sql).bind(i(row.seq)).bind(i(row.at_ms)).bind(&row.idempotency).bind(&row.body);
-    statement.bind(row.hash.to_vec()).execute(db).await.map(drop).map_err(write_error)
+/// At most `limit` rows after `after` and up to `last` that closed a reservation or settled a receipt, ascending.
+pub(crate) async fn charges(
+    db: &mut AnyConnection,
+    after: u64,
+    last: u64,
+    limit: usize,
+) -> Result<Vec<Row>, LedgerError> {
+    let sql = format!(
+        "{ROW} WHERE seq > $1 AND seq <= $2 AND (idempotency LIKE 'close/%' OR idempotency LIKE 'receipt/%') \
+         ORDER BY seq LIMIT $3"
+    );
+    let statement = query(&sql).bind(i(after)).bind(i(last)).bind(i(limit as u64));
+    statement.fetch_all(db).await.map_err(read_error)?.iter().map(journal_row).collect()
+}
+
+/// The rows with these idempotency keys, in any order.
+pub(crate) async fn find_all(db: &mut AnyConnection, idempotency: &[String]) -> Result<Vec<Row>, LedgerError> {
+    let mut found = Vec::new();
+    for keys in idempotency.chunks(BATCH) {
+        let sql = format!("{ROW} WHERE idempotency IN {}", places(db, 1, keys.len()));
+        let statement = keys.iter().fold(query(&sql), |statement, key| statement.bind(key));
+        for row in statement.fetch_all(&mut *db).await.map_err(read_error)? {
+            found.push(journal_row(&row)?);
+        }
+    }
+    Ok(found)
 }
 
 /// Sums of what an account ever got and gave, in one asset.
@@ -148,71 +177,27 @@ pub(crate) fn post_move(balances: &mut Balances, step: &Move) -> Result<(), Ledg
     Ok(())
 }
 
-/// Lines that one statement reads or writes. SQLite looks parameters up one after another: many lines in one statement
-/// take longer than in several.
-const BATCH: usize = 50;
-
-/// `($1, $2), ($3, $4)` for `rows` of `columns`, numbered from `first`.
-fn places(first: usize, rows: usize, columns: usize) -> String {
-    let row = |r: usize| {
-        let place = |c: usize| format!("${}", first + r * columns + c);
-        format!("({})", (0..columns).map(place).collect::<Vec<_>>().join(", "))
-    };
-    (0..rows).map(row).collect::<Vec<_>>().join(", ")
-}
-
-/// What the accounts that `moves` touch have.
-async fn balances(db: &mut AnyConnection, moves: &[&Move]) -> Result<Balances, LedgerError> {
-    let mut found = Balances::new();
-    let mut accounts = BTreeMap::<&Asset, Vec<String>>::new();
-    for step in moves {
-        accounts.entry(&step.asset).or_default().extend([step.from.to_string(), step.to.to_string()]);
+/// What the accounts have of the assets; those that never moved any are left out.
+pub(crate) async fn balances(db: &mut AnyConnection, accounts: &[(String, String)]) -> Result<Balances, LedgerError> {
+    let mut by_asset = BTreeMap::<&str, Vec<&str>>::new();
+    for (account, asset) in accounts {
+        by_asset.entry(asset).or_default().push(account);
     }
-    for (asset, mut names) in accounts {
-        names.sort_unstable();
-        names.dedup();
-        for names in names.chunks(BATCH) {
+    let mut found = Balances::new();
+    for (asset, accounts) in by_asset {
+        for accounts in accounts.chunks(BATCH) {
+            let (names, last) = (places(db, 1, accounts.len()), place(db, accounts.len() + 1));
             let sql = format!(
-                "SELECT account, credits, debits FROM ledger_balances WHERE asset = $1 AND account IN {}",
-                places(2, 1, names.len())
+                "SELECT account, credits, debits FROM ledger_balances WHERE account IN {names} AND asset = {last}"
             );
-            let statement = names.iter().fold(query(&sql).bind(asset.as_str()), |statement, name| statement.bind(name));
+            let statement = accounts.iter().fold(query(&sql), |statement, name| statement.bind(*name)).bind(asset);
             for row in statement.fetch_all(&mut *db).await.map_err(read_error)? {
                 let balance = Balance { credits: amount(&row, "credits")?, debits: amount(&row, "debits")? };
-                found.insert((text(&row, "account")?, asset.to_string()), balance);
+                found.insert((text(&row, "account")?, asset.to_owned()), balance);
             }
         }
     }
     Ok(found)
-}
-
-/// Moves money in the balances and notes the row for each account it moved money of.
-async fn apply_moves(db: &mut AnyConnection, seq: u64, moves: &[&Move]) -> Result<Balances, LedgerError> {
-    if moves.is_empty() {
-        return Ok(Balances::new());
-    }
-    let mut changed = balances(db, moves).await?;
-    moves.iter().try_for_each(|step| post_move(&mut changed, step))?;
-    for changed in changed.iter().collect::<Vec<_>>().chunks(BATCH) {
-        let sql = format!(
-            "INSERT INTO ledger_balances (account, asset, credits, debits) VALUES {} ON CONFLICT (account, asset) \
-             DO UPDATE SET credits = excluded.credits, debits = excluded.debits",
-            places(1, changed.len(), 4)
-        );
-        let statement = changed.iter().fold(query(&sql), |statement, ((account, asset), balance)| {
-            let (credits, debits) = (Amount(balance.credits).to_bytes(), Amount(balance.debits).to_bytes());
-            statement.bind(account).bind(asset).bind(credits).bind(debits)
-        });
-        statement.execute(&mut *db).await.map_err(write_error)?;
-    }
-    let mut accounts: Vec<_> = changed.keys().map(|(account, _)| account).collect();
-    accounts.dedup();
-    for accounts in accounts.chunks(BATCH) {
-        let sql = format!("INSERT INTO ledger_entries (account, seq) VALUES {}", places(1, accounts.len(), 2));
-        let statement = accounts.iter().fold(query(&sql), |statement, account| statement.bind(*account).bind(i(seq)));
-        statement.execute(&mut *db).await.map_err(write_error)?;
-    }
-    Ok(changed)
 }
 
 /// What an application may use and uses of an asset.
@@ -235,25 +220,14 @@ pub(crate) fn application_row(row: &AnyRow) -> Result<Application, LedgerError> 
     })
 }
 
-pub(crate) async fn application(db: &mut AnyConnection, name: &str, asset: &Asset) -> Result<Application, LedgerError> {
-    let sql = "SELECT per_day, day, used, opened FROM ledger_applications WHERE application = $1 AND asset = $2";
-    let row = query(sql).bind(name).bind(asset.as_str()).fetch_optional(db).await.map_err(read_error)?;
-    row.as_ref().map_or(Ok(Application::default()), application_row)
-}
-
-async fn set_application(
+pub(crate) async fn application(
     db: &mut AnyConnection,
     name: &str,
     asset: &Asset,
-    new: Application,
-) -> Result<(), LedgerError> {
-    let sql = "INSERT INTO ledger_applications (application, asset, per_day, day, used, opened) \
-               VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (application, asset) \
-               DO UPDATE SET per_day = excluded.per_day, day = excluded.day, used = excluded.used, opened = excluded.opened";
-    let statement =
-        query(sql).bind(name).bind(asset.as_str()).bind(new.per_day.map(|amount| Amount(amount).to_bytes()));
-    let statement = statement.bind(i(new.day)).bind(Amount(new.used).to_bytes()).bind(i(new.opened));
-    statement.execute(db).await.map(drop).map_err(write_error)
+) -> Result<Option<Application>, LedgerError> {
+    let sql = "SELECT per_day, day, used, opened FROM ledger_applications WHERE application = $1 AND asset = $2";
+    let row = query(sql).bind(name).bind(asset.as_str()).fetch_optional(db).await.map_err(read_error)?;
+    row.as_ref().map(application_row).transpose()
 }
 
 impl Application {
@@ -264,58 +238,29 @@ impl Application {
     }
 }
 
-/// Makes what follows from the row `seq` in the tables.
-pub(crate) async fn apply(db: &mut AnyConnection, seq: u64, effects: &[Effect]) -> Result<(), LedgerError> {
-    let moves: Vec<_> =
-        effects.iter().filter_map(|effect| if let Effect::Move(step) = effect { Some(step) } else { None }).collect();
-    let balances = apply_moves(db, seq, &moves).await?;
-    openlora_database::kill::point("after the balances");
-    for effect in effects {
-        apply_one(db, seq, effect).await?;
-    }
-    apply_leaves(db, effects, &balances).await
+/// A contributors' part that nobody has divided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub(crate) asset: Asset,
+    pub(crate) amount: u128,
+    pub(crate) at_ms: u64,
 }
 
-async fn apply_one(db: &mut AnyConnection, seq: u64, effect: &Effect) -> Result<(), LedgerError> {
-    let statement = match effect {
-        Effect::Open { name, at_ms } => query("INSERT INTO ledger_open (name, seq, at_ms) VALUES ($1, $2, $3)")
-            .bind(name)
-            .bind(i(seq))
-            .bind(i(*at_ms)),
-        Effect::Close { name } => query("DELETE FROM ledger_open WHERE name = $1").bind(name),
-        Effect::Use { application: name, asset, day, add, take, opened } => {
-            let old = application(db, name, asset).await?;
-            let new =
-                old.after(*day, (*add, *take), *opened).ok_or(LedgerError::Overflow { what: "what a day uses" })?;
-            return set_application(db, name, asset, new).await;
+/// What is held for each of these receipts; those with nothing are left out.
+pub(crate) async fn held_all(db: &mut AnyConnection, receipts: &[String]) -> Result<Vec<(String, Held)>, LedgerError> {
+    let mut found = Vec::new();
+    for receipts in receipts.chunks(BATCH) {
+        let sql = format!(
+            "SELECT receipt, asset, amount, at_ms FROM ledger_held WHERE receipt IN {}",
+            places(db, 1, receipts.len())
+        );
+        let statement = receipts.iter().fold(query(&sql), |statement, receipt| statement.bind(receipt));
+        for row in statement.fetch_all(&mut *db).await.map_err(read_error)? {
+            let (asset, amount) = (parsed(&row, "asset")?, amount(&row, "amount")?);
+            found.push((text(&row, "receipt")?, Held { asset, amount, at_ms: number(&row, "at_ms")? }));
         }
-        Effect::Quota { application: name, asset, per_day } => {
-            let old = application(db, name, asset).await?;
-            let new = Application { per_day: per_day.map(|amount| amount.0), ..old };
-            return set_application(db, name, asset, new).await;
-        }
-        Effect::Hold { receipt, asset, amount, at_ms } => {
-            let sql = "INSERT INTO ledger_held (receipt, asset, amount, at_ms) VALUES ($1, $2, $3, $4)";
-            query(sql).bind(receipt).bind(asset.as_str()).bind(amount.to_bytes()).bind(i(*at_ms))
-        }
-        Effect::Release { receipt } => query("DELETE FROM ledger_held WHERE receipt = $1").bind(receipt),
-        Effect::Term { kind, target, asset } => {
-            let sql = "INSERT INTO ledger_terms (kind, target, asset, seq) VALUES ($1, $2, $3, $4) \
-                       ON CONFLICT (target, kind, asset) DO UPDATE SET seq = excluded.seq";
-            query(sql).bind(*kind).bind(target).bind(asset).bind(i(seq))
-        }
-        Effect::Address { account, address: Some(address) } => {
-            let sql = "INSERT INTO ledger_addresses (account, address) VALUES ($1, $2) \
-                       ON CONFLICT (account) DO UPDATE SET address = excluded.address";
-            query(sql).bind(account.to_string()).bind(address.0.to_vec())
-        }
-        Effect::Address { account, address: None } => {
-            query("DELETE FROM ledger_addresses WHERE account = $1").bind(account.to_string())
-        }
-        // The head is written with the row; moves and leaves are made together.
-        Effect::Seal { .. } | Effect::Move(_) | Effect::Leaf { .. } => return Ok(()),
-    };
-    statement.execute(db).await.map(drop).map_err(write_error)
+    }
+    Ok(found)
 }
 
 pub(crate) async fn totals(db: &mut AnyConnection) -> Result<BTreeMap<Asset, u128>, LedgerError> {
@@ -323,40 +268,193 @@ pub(crate) async fn totals(db: &mut AnyConnection) -> Result<BTreeMap<Asset, u12
     rows.iter().map(|row| Ok((parsed(row, "asset")?, amount(row, "cumulative")?))).collect()
 }
 
-/// Writes what addresses are owed up to an epoch: all that their accounts ever got, which `balances` says.
-async fn apply_leaves(db: &mut AnyConnection, effects: &[Effect], balances: &Balances) -> Result<(), LedgerError> {
-    let mut leaves = BTreeMap::new();
-    let mut sums = BTreeMap::new();
-    for effect in effects {
-        let Effect::Leaf { epoch, address, asset, amount } = effect else { continue };
-        let account = (Account::Payout(*address).to_string(), asset.to_string());
-        leaves.insert((*epoch, *address, asset), balances.get(&account).copied().unwrap_or_default().credits);
-        if sums.is_empty() {
-            sums = totals(db).await?;
+/// Lines of a table by their primary keys: some as they were read, some to be written.
+pub(crate) struct Lines<K, V>(BTreeMap<K, Line<V>>);
+
+struct Line<V> {
+    /// None where the table has no such line.
+    value: Option<V>,
+    changed: bool,
+}
+
+impl<K, V> Default for Lines<K, V> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<K: Ord, V> Lines<K, V> {
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn is_known(&self, key: &K) -> bool {
+        self.0.contains_key(key)
+    }
+
+    pub(crate) fn get(&self, key: &K) -> Option<&V> {
+        self.0.get(key)?.value.as_ref()
+    }
+
+    /// Notes what the table has for `keys`: `found` and no other line.
+    pub(crate) fn read(&mut self, keys: impl IntoIterator<Item = K>, found: impl IntoIterator<Item = (K, V)>) {
+        self.0.extend(keys.into_iter().map(|key| (key, Line { value: None, changed: false })));
+        self.0.extend(found.into_iter().map(|(key, value)| (key, Line { value: Some(value), changed: false })));
+    }
+
+    /// Notes what is to be written; `None` removes the line.
+    pub(crate) fn set(&mut self, key: K, value: Option<V>) {
+        self.0.insert(key, Line { value, changed: true });
+    }
+
+    /// What is to be written and what to be removed.
+    fn changes(&self) -> (Vec<(&K, &V)>, Vec<&K>) {
+        let (mut set, mut removed) = (Vec::new(), Vec::new());
+        for (key, line) in self.0.iter().filter(|(_, line)| line.changed) {
+            match &line.value {
+                Some(value) => set.push((key, value)),
+                None => removed.push(key),
+            }
         }
-        let sum = sums.entry(asset.clone()).or_insert(0_u128);
-        *sum = sum.checked_add(amount.0).ok_or(LedgerError::Overflow { what: "what all addresses are owed" })?;
+        (set, removed)
     }
-    if leaves.is_empty() {
-        return Ok(());
-    }
-    for leaves in leaves.into_iter().collect::<Vec<_>>().chunks(BATCH) {
-        let sql = format!(
-            "INSERT INTO ledger_leaves (address, asset, epoch, cumulative) VALUES {} ON CONFLICT (address, asset, epoch) \
-             DO UPDATE SET cumulative = excluded.cumulative",
-            places(1, leaves.len(), 4)
-        );
-        let statement = leaves.iter().fold(query(&sql), |statement, ((epoch, address, asset), cumulative)| {
-            let statement = statement.bind(address.0.to_vec()).bind(asset.as_str()).bind(i(*epoch));
-            statement.bind(Amount(*cumulative).to_bytes())
-        });
-        statement.execute(&mut *db).await.map_err(write_error)?;
-    }
-    for (asset, sum) in sums {
-        let sql = "INSERT INTO ledger_totals (asset, cumulative) VALUES ($1, $2) \
-                   ON CONFLICT (asset) DO UPDATE SET cumulative = excluded.cumulative";
-        let statement = query(sql).bind(asset.to_string()).bind(Amount(sum).to_bytes());
+}
+
+/// Lines that one statement reads or writes.
+const BATCH: usize = 100;
+
+/// The place of a statement's `n`-th parameter. SQLite looks numbered ones up one after another, for each that is bound.
+fn place(db: &AnyConnection, n: usize) -> String {
+    if db.backend_name() == "SQLite" { "?".into() } else { format!("${n}") }
+}
+
+/// `($1, $2), ($3, $4)` for `rows` of `columns`.
+fn places(db: &AnyConnection, rows: usize, columns: usize) -> String {
+    let row = |r: usize| {
+        let places: Vec<_> = (1..=columns).map(|c| place(db, r * columns + c)).collect();
+        format!("({})", places.join(", "))
+    };
+    (0..rows).map(row).collect::<Vec<_>>().join(", ")
+}
+
+type Statement<'q> = Query<'q, Any, AnyArguments<'q>>;
+
+/// Writes lines whose values `bind` gives, [`BATCH`] at once. `into` is the table and its columns; `or` says what becomes
+/// of a line that is there.
+async fn insert<T>(
+    db: &mut AnyConnection,
+    into: &str,
+    or: &str,
+    lines: &[T],
+    bind: impl for<'q> Fn(Statement<'q>, &'q T) -> Statement<'q>,
+) -> Result<(), LedgerError> {
+    let columns = into.matches(',').count() + 1;
+    for lines in lines.chunks(BATCH) {
+        let sql = format!("INSERT INTO {into} VALUES {} {or}", places(db, lines.len(), columns));
+        let statement = lines.iter().fold(query(&sql), &bind);
         statement.execute(&mut *db).await.map_err(write_error)?;
     }
     Ok(())
+}
+
+/// Removes the lines that have `keys` in `column`.
+async fn delete(db: &mut AnyConnection, table: &str, column: &str, keys: &[&String]) -> Result<(), LedgerError> {
+    for keys in keys.chunks(BATCH) {
+        let sql = format!("DELETE FROM {table} WHERE {column} IN {}", places(db, 1, keys.len()));
+        let statement = keys.iter().fold(query(&sql), |statement, key| statement.bind(*key));
+        statement.execute(&mut *db).await.map_err(write_error)?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn insert_rows(db: &mut AnyConnection, rows: &[Rc<Row>]) -> Result<(), LedgerError> {
+    let into = "ledger_rows (seq, at_ms, idempotency, body, hash)";
+    insert(db, into, "", rows, |statement, row| {
+        let statement = statement.bind(i(row.seq)).bind(i(row.at_ms)).bind(&row.idempotency).bind(&row.body);
+        statement.bind(&row.hash[..])
+    })
+    .await
+}
+
+/// Notes the row for each account that it moves money of.
+pub(crate) async fn insert_entries(db: &mut AnyConnection, entries: &[(String, u64)]) -> Result<(), LedgerError> {
+    let into = "ledger_entries (account, seq)";
+    insert(db, into, "", entries, |statement, (account, seq)| statement.bind(account).bind(i(*seq))).await
+}
+
+pub(crate) async fn set_balances(
+    db: &mut AnyConnection,
+    balances: &Lines<(String, String), Balance>,
+) -> Result<(), LedgerError> {
+    let into = "ledger_balances (account, asset, credits, debits)";
+    let or = "ON CONFLICT (account, asset) DO UPDATE SET credits = excluded.credits, debits = excluded.debits";
+    insert(db, into, or, &balances.changes().0, |statement, ((account, asset), balance)| {
+        let (credits, debits) = (Amount(balance.credits).to_bytes(), Amount(balance.debits).to_bytes());
+        statement.bind(account).bind(asset).bind(credits).bind(debits)
+    })
+    .await
+}
+
+/// Writes what changed of all other tables that are derived from the rows.
+pub(crate) async fn set_lines(db: &mut AnyConnection, lines: &Tables) -> Result<(), LedgerError> {
+    set_applications(db, &lines.applications).await?;
+    let (opened, closed) = lines.open.changes();
+    insert(db, "ledger_open (name, seq, at_ms)", "", &opened, |statement, (name, (seq, at_ms))| {
+        statement.bind(name).bind(i(*seq)).bind(i(*at_ms))
+    })
+    .await?;
+    delete(db, "ledger_open", "name", &closed).await?;
+    let (held, released) = lines.held.changes();
+    insert(db, "ledger_held (receipt, asset, amount, at_ms)", "", &held, |statement, (receipt, held)| {
+        let statement = statement.bind(receipt).bind(held.asset.as_str());
+        statement.bind(Amount(held.amount).to_bytes()).bind(i(held.at_ms))
+    })
+    .await?;
+    delete(db, "ledger_held", "receipt", &released).await?;
+    let (addresses, removed) = lines.addresses.changes();
+    let or = "ON CONFLICT (account) DO UPDATE SET address = excluded.address";
+    insert(db, "ledger_addresses (account, address)", or, &addresses, |statement, (account, address)| {
+        statement.bind(account).bind(&address.0[..])
+    })
+    .await?;
+    delete(db, "ledger_addresses", "account", &removed).await?;
+    let or = "ON CONFLICT (target, kind, asset) DO UPDATE SET seq = excluded.seq";
+    let terms = lines.terms.changes().0;
+    insert(db, "ledger_terms (target, kind, asset, seq)", or, &terms, |statement, ((target, kind, asset), seq)| {
+        statement.bind(target).bind(*kind).bind(asset).bind(i(**seq))
+    })
+    .await?;
+    set_leaves(db, lines).await
+}
+
+async fn set_applications(
+    db: &mut AnyConnection,
+    applications: &Lines<(String, String), Application>,
+) -> Result<(), LedgerError> {
+    let into = "ledger_applications (application, asset, per_day, day, used, opened)";
+    let or = "ON CONFLICT (application, asset) DO UPDATE SET per_day = excluded.per_day, day = excluded.day, \
+              used = excluded.used, opened = excluded.opened";
+    insert(db, into, or, &applications.changes().0, |statement, ((name, asset), new)| {
+        let per_day = new.per_day.map(|amount| Amount(amount).to_bytes());
+        let statement = statement.bind(name).bind(asset).bind(per_day).bind(i(new.day));
+        statement.bind(Amount(new.used).to_bytes()).bind(i(new.opened))
+    })
+    .await
+}
+
+/// Writes what addresses are owed, and the sums of it.
+async fn set_leaves(db: &mut AnyConnection, lines: &Tables) -> Result<(), LedgerError> {
+    let into = "ledger_leaves (address, asset, epoch, cumulative)";
+    let or = "ON CONFLICT (address, asset, epoch) DO UPDATE SET cumulative = excluded.cumulative";
+    let leaves = lines.leaves.changes().0;
+    insert(db, into, or, &leaves, |statement, ((address, asset, epoch), cumulative)| {
+        let statement = statement.bind(&address.0[..]).bind(asset.as_str()).bind(i(*epoch));
+        statement.bind(Amount(**cumulative).to_bytes())
+    })
+    .await?;
+    let or = "ON CONFLICT (asset) DO UPDATE SET cumulative = excluded.cumulative";
+    insert(db, "ledger_totals (asset, cumulative)", or, &lines.totals.changes().0, |statement, (asset, sum)| {
+        statement.bind(asset.as_str()).bind(Amount(**sum).to_bytes())
+    })
+    .await
 }

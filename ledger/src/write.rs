@@ -1,15 +1,15 @@
-//! What is done when something is asked: check, decide, and append one row with all that follows from it.
+//! What is done when something is asked: check, decide, and draft one row with all that follows from it.
 
-use openlora_database::kill;
 use openlora_types::InvalidField;
 use sqlx::{AnyConnection, query};
 
 use crate::{
     account::{Account, Amount, Asset, check_text},
     config::LedgerConfig,
+    draft::{Draft, Terms},
     error::LedgerError,
     row::{Body, Closed, Operation, Outcome, PRICE, Payment, Request, Row, SPLIT, Usage, Version},
-    tables::{self, i, number, read_error, text},
+    tables::{self, Held, i, number, read_error, text},
     terms::{Prices, Split, Target, Tokens, divide, merge},
 };
 
@@ -27,41 +27,65 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
+    /// Reads, many at once, what [`Writer::run`] will look for.
+    pub(crate) async fn look_up<'a>(
+        &self,
+        draft: &mut Draft<'_>,
+        jobs: impl Iterator<Item = (&'a str, &'a Operation)>,
+    ) -> Result<(), LedgerError> {
+        let (mut keys, mut receipts) = (Vec::new(), Vec::new());
+        for (key, asked) in jobs {
+            keys.push(idempotency(key, asked));
+            if let Operation::Post(_) | Operation::Void { .. } = asked {
+                keys.push(format!("open/{key}"));
+            }
+            match asked {
+                Operation::Post(Usage { receipt: Some(receipt), .. }) => {
+                    keys.push(format!("receipt/{receipt}"));
+                    receipts.push(receipt.clone());
+                }
+                Operation::Attribute { receipt, .. } | Operation::Pool { receipt } => receipts.push(receipt.clone()),
+                _ => {}
+            }
+        }
+        draft.look_up(keys, receipts).await
+    }
+
     /// Does what is asked, or finds that it was done. `key` is the caller's.
     pub(crate) async fn run(
         &self,
-        db: &mut AnyConnection,
+        draft: &mut Draft<'_>,
         (key, asked): (&str, &Operation),
         at_ms: u64,
     ) -> Result<Written, LedgerError> {
         let idempotency = idempotency(key, asked);
-        if let Some(row) = tables::find(db, &idempotency).await? {
+        if let Some(row) = draft.find(&idempotency).await? {
             return again(key, asked, &row);
         }
-        let outcome = self.decide(db, (key, asked), at_ms).await?;
-        append(db, idempotency, Body { asked: asked.clone(), outcome }, at_ms).await
+        let outcome = self.decide(draft, (key, asked), at_ms).await?;
+        draft.append(idempotency, Body { asked: asked.clone(), outcome }, at_ms).await
     }
 
     async fn decide(
         &self,
-        db: &mut AnyConnection,
+        draft: &mut Draft<'_>,
         (key, asked): (&str, &Operation),
         at_ms: u64,
     ) -> Result<Outcome, LedgerError> {
         match asked {
-            Operation::Deposit { asset, .. } => self.known_asset(db, asset, false).await?,
-            Operation::Prices { asset, .. } => self.known_asset(db, asset, true).await?,
-            Operation::Reserve(request) => return self.reserve(db, request, at_ms).await,
-            Operation::Post(usage) => return self.post(db, key, usage).await,
-            Operation::Void { .. } => return Ok(Outcome::Voided(self.open(db, key).await?.0)),
+            Operation::Deposit { asset, .. } => self.known_asset(draft, asset, false).await?,
+            Operation::Prices { asset, .. } => self.known_asset(draft, asset, true).await?,
+            Operation::Reserve(request) => return self.reserve(draft, request, at_ms).await,
+            Operation::Post(usage) => return self.post(draft, key, usage).await,
+            Operation::Void { .. } => return Ok(Outcome::Voided(self.open(draft, key).await?.0)),
             Operation::Attribute { receipt, shares, unattributed } => {
-                return attribute(db, receipt, shares, *unattributed).await;
+                return attribute(draft, receipt, shares, *unattributed).await;
             }
-            Operation::Pool { receipt } => return attribute(db, receipt, &[], 1).await,
+            Operation::Pool { receipt } => return attribute(draft, receipt, &[], 1).await,
             Operation::Payout { after, .. } => {
-                return Ok(Outcome::Paid(self.due(db, after, self.config.payout_accounts_max).await?));
+                return Ok(Outcome::Paid(due(draft.written().await?, after, self.config.payout_accounts_max).await?));
             }
-            Operation::Seal { epoch } => return seal(db, *epoch).await,
+            Operation::Seal { epoch } => return seal(draft, *epoch).await,
             Operation::Withdraw { .. }
             | Operation::Claim { .. }
             | Operation::Split { .. }
@@ -72,7 +96,8 @@ impl Writer {
     }
 
     /// An asset is known once prices are set in it.
-    async fn known_asset(&self, db: &mut AnyConnection, asset: &Asset, new: bool) -> Result<(), LedgerError> {
+    async fn known_asset(&self, draft: &mut Draft<'_>, asset: &Asset, new: bool) -> Result<(), LedgerError> {
+        let db = draft.db();
         let sql = "SELECT COUNT(*) AS n FROM ledger_terms WHERE asset = $1";
         let row = query(sql).bind(asset.as_str()).fetch_one(&mut *db).await.map_err(read_error)?;
         if number(&row, "n")? > 0 {
@@ -91,14 +116,14 @@ impl Writer {
         Ok(())
     }
 
-    async fn reserve(&self, db: &mut AnyConnection, request: &Request, at_ms: u64) -> Result<Outcome, LedgerError> {
+    async fn reserve(&self, draft: &mut Draft<'_>, request: &Request, at_ms: u64) -> Result<Outcome, LedgerError> {
         let Request { application, asset, .. } = request;
-        let (prices, split) = current_terms(db, request).await?;
+        let (prices, split) = current_terms(draft, request).await?;
         // The worst case: nothing is cached and the answer is as long as it may be.
         let worst = Tokens { prompt: request.prompt_tokens, cached: 0, completion: request.completion_tokens_max };
         let amount = prices.terms.fee(&worst)?.charged;
         let day = at_ms / DAY_MS;
-        let state = tables::application(db, application, asset).await?;
+        let state = draft.application(application, asset).await?;
         let max = self.config.open_reservations_max;
         if state.opened >= max {
             return Err(LedgerError::TooManyOpen { application: application.clone(), max });
@@ -113,18 +138,16 @@ impl Writer {
         Ok(Outcome::Reserved { amount: Amount(amount), prices, split, day })
     }
 
-    async fn post(&self, db: &mut AnyConnection, key: &str, usage: &Usage) -> Result<Outcome, LedgerError> {
-        let (reservation, prices, split) = self.open(db, key).await?;
+    async fn post(&self, draft: &mut Draft<'_>, key: &str, usage: &Usage) -> Result<Outcome, LedgerError> {
+        let (reservation, prices, split) = self.open(draft, key).await?;
         let fee = prices.terms.fee(&usage.tokens)?;
         let reserved = reservation.reserved.0;
         if fee.charged > reserved {
             return Err(LedgerError::ExceedsReservation { key: key.into(), reserved, fee: fee.charged });
         }
         if let Some(receipt) = &usage.receipt {
-            let sql = "SELECT COUNT(*) AS n FROM ledger_held WHERE receipt = $1";
-            let held = query(sql).bind(receipt).fetch_one(&mut *db).await.map_err(read_error)?;
-            let settled = tables::find(db, &format!("receipt/{receipt}")).await?;
-            if number(&held, "n")? > 0 || settled.is_some() {
+            let settled = draft.find(&format!("receipt/{receipt}")).await?;
+            if settled.is_some() || draft.held(receipt).await?.is_some() {
                 let why = format!("is {receipt}, which another request has; use a new one");
                 return Err(InvalidField::new("receipt", why).into());
             }
@@ -136,11 +159,11 @@ impl Writer {
     /// The open reservation `key`, its prices and its split.
     async fn open(
         &self,
-        db: &mut AnyConnection,
+        draft: &mut Draft<'_>,
         key: &str,
     ) -> Result<(Closed, Version<Prices>, Version<Split>), LedgerError> {
         let missing = || LedgerError::NotFound { what: "reservation", name: key.into() };
-        let row = tables::find(db, &format!("open/{key}")).await?.ok_or_else(missing)?;
+        let row = draft.find(&format!("open/{key}")).await?.ok_or_else(missing)?;
         let body = row.parse()?;
         let (Operation::Reserve(request), Outcome::Reserved { amount, prices, split, day }) =
             (body.asked, body.outcome)
@@ -149,33 +172,6 @@ impl Writer {
         };
         let Request { application, asset, .. } = request;
         Ok((Closed { row: row.seq, application, asset, reserved: amount, day }, prices, split))
-    }
-
-    /// What accounts with an address have: the first after `after` that fit in a row.
-    pub(crate) async fn due(
-        &self,
-        db: &mut AnyConnection,
-        after: &str,
-        limit: usize,
-    ) -> Result<Vec<Payment>, LedgerError> {
-        // Whole accounts only: an account has at most one line for each asset.
-        let sql = "SELECT b.account, b.asset, b.credits, b.debits, a.address FROM \
-                   (SELECT account, address FROM ledger_addresses WHERE account > $1 AND EXISTS (SELECT 1 FROM \
-                   ledger_balances d WHERE d.account = ledger_addresses.account AND d.credits <> d.debits) \
-                   ORDER BY account LIMIT $2) a \
-                   JOIN ledger_balances b ON b.account = a.account WHERE b.credits <> b.debits ORDER BY b.account, b.asset";
-        let rows = query(sql).bind(after).bind(i(limit as u64)).fetch_all(db).await.map_err(read_error)?;
-        let mut payments = Vec::with_capacity(rows.len());
-        for row in &rows {
-            let (credits, debits) = (tables::amount(row, "credits")?, tables::amount(row, "debits")?);
-            payments.push(Payment {
-                account: tables::parsed(row, "account")?,
-                asset: tables::parsed(row, "asset")?,
-                amount: Amount(credits.saturating_sub(debits)),
-                address: crate::account::Address(tables::bytes(row, "address")?),
-            });
-        }
-        Ok(payments)
     }
 }
 
@@ -212,36 +208,41 @@ fn again(key: &str, asked: &Operation, row: &Row) -> Result<Written, LedgerError
     Ok(Written { seq, body })
 }
 
-/// Writes the row after the last one, and what follows from it.
-async fn append(db: &mut AnyConnection, idempotency: String, body: Body, at_ms: u64) -> Result<Written, LedgerError> {
-    let mut head = tables::head(db).await?;
-    let seq = head.seq + 1;
-    let text = serde_json::to_string(&body).expect("text, numbers and lists of them are JSON");
-    let mut row = Row { seq, at_ms, idempotency, body: text, hash: [0; 32] };
-    row.hash = row.hash_after(&head.hash);
-    tables::insert_row(db, &row).await?;
-    kill::point("after the row");
-    let effects = body.effects(&row.idempotency, at_ms).expect("an outcome of what was asked");
-    tables::apply(db, seq, &effects).await?;
-    (head.seq, head.hash) = (seq, row.hash);
-    if let Operation::Seal { epoch } = body.asked {
-        (head.epoch, head.epoch_row) = (epoch, seq);
+/// What accounts with an address have: the first after `after` that fit in a row.
+pub(crate) async fn due(db: &mut AnyConnection, after: &str, limit: usize) -> Result<Vec<Payment>, LedgerError> {
+    // Whole accounts only: an account has at most one line for each asset. SQLite takes the tables of a CROSS JOIN in
+    // the order they are named; left to itself it reads every balance for each page.
+    let sql = "SELECT b.account, b.asset, b.credits, b.debits, a.address FROM \
+               (SELECT account, address FROM ledger_addresses WHERE account > $1 AND EXISTS (SELECT 1 FROM \
+               ledger_balances d WHERE d.account = ledger_addresses.account AND d.credits <> d.debits) \
+               ORDER BY account LIMIT $2) a CROSS JOIN ledger_balances b \
+               WHERE b.account = a.account AND b.credits <> b.debits ORDER BY b.account, b.asset";
+    let rows = query(sql).bind(after).bind(i(limit as u64)).fetch_all(db).await.map_err(read_error)?;
+    let mut payments = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let (credits, debits) = (tables::amount(row, "credits")?, tables::amount(row, "debits")?);
+        payments.push(Payment {
+            account: tables::parsed(row, "account")?,
+            asset: tables::parsed(row, "asset")?,
+            amount: Amount(credits.saturating_sub(debits)),
+            address: crate::account::Address(tables::bytes(row, "address")?),
+        });
     }
-    tables::set_head(db, &head).await?;
-    kill::point("before the commit");
-    Ok(Written { seq, body })
+    Ok(payments)
 }
 
 /// Prices and split that hold for `request` now, each with the row that set it.
-async fn current_terms(
-    db: &mut AnyConnection,
-    request: &Request,
-) -> Result<(Version<Prices>, Version<Split>), LedgerError> {
+async fn current_terms(draft: &mut Draft<'_>, request: &Request) -> Result<Terms, LedgerError> {
     let generation = request.generation.clone().map(Target::Generation);
     let default = if generation.is_some() { Target::Adapters } else { Target::Base };
     // The most specific first; without a generation it is the base model, whatever it was called.
     let alias = request.alias.clone().filter(|_| generation.is_some()).map(Target::Alias);
     let targets: Vec<_> = generation.into_iter().chain(alias).chain([default]).map(|target| target.text()).collect();
+    let name = format!("{} {}", request.asset, targets.join(" "));
+    if let Some(terms) = draft.terms(&name) {
+        return Ok(terms);
+    }
+    let db = draft.db();
     let last = targets.last().expect("the default");
     let (first, second) = (&targets[0], targets.get(1).unwrap_or(last));
     let sql = "SELECT t.kind, t.target, r.seq, r.body FROM ledger_terms t JOIN ledger_rows r ON r.seq = t.seq \
@@ -268,23 +269,23 @@ async fn current_terms(
         (row, Operation::Prices { prices, .. }) => Version { row, terms: prices },
         (row, _) => return Err(wrong(row)),
     };
-    match find(SPLIT).await?.ok_or_else(|| missing("split".into()))? {
-        (row, Operation::Split { split, .. }) => Ok((prices, Version { row, terms: split })),
-        (row, _) => Err(wrong(row)),
-    }
+    let split = match find(SPLIT).await?.ok_or_else(|| missing("split".into()))? {
+        (row, Operation::Split { split, .. }) => Version { row, terms: split },
+        (row, _) => return Err(wrong(row)),
+    };
+    draft.keep_terms(name, (prices, split));
+    Ok((prices, split))
 }
 
 /// Divides what is held for a receipt by its share table.
 async fn attribute(
-    db: &mut AnyConnection,
+    draft: &mut Draft<'_>,
     receipt: &str,
     shares: &[(String, u64)],
     unattributed: u64,
 ) -> Result<Outcome, LedgerError> {
-    let sql = "SELECT asset, amount FROM ledger_held WHERE receipt = $1";
-    let row = query(sql).bind(receipt).fetch_optional(db).await.map_err(read_error)?;
-    let row = row.ok_or_else(|| LedgerError::NotFound { what: "held receipt", name: receipt.into() })?;
-    let (asset, amount): (Asset, u128) = (tables::parsed(&row, "asset")?, tables::amount(&row, "amount")?);
+    let missing = || LedgerError::NotFound { what: "held receipt", name: receipt.into() };
+    let Held { asset, amount, .. } = draft.held(receipt).await?.ok_or_else(missing)?;
     Ok(Outcome::Settled { asset, amount: Amount(amount), parts: shares_of(amount, shares, unattributed)? })
 }
 
@@ -305,15 +306,16 @@ pub(crate) fn shares_of(
     merge(weights.into_iter().map(|(account, _)| account).zip(amounts).collect())
 }
 
-async fn seal(db: &mut AnyConnection, epoch: u64) -> Result<Outcome, LedgerError> {
-    let head = tables::head(db).await?;
+async fn seal(draft: &mut Draft<'_>, epoch: u64) -> Result<Outcome, LedgerError> {
+    let head = *draft.head();
     if head.seq == head.epoch_row {
         return Err(LedgerError::EmptyEpoch { last: head.epoch });
     }
     if epoch != head.epoch + 1 {
         return Err(LedgerError::NotFound { what: "open epoch", name: epoch.to_string() });
     }
-    let totals: Vec<_> = tables::totals(db).await?.into_iter().map(|(asset, sum)| (asset, Amount(sum))).collect();
+    let totals = tables::totals(draft.written().await?).await?;
+    let totals: Vec<_> = totals.into_iter().map(|(asset, sum)| (asset, Amount(sum))).collect();
     // An epoch without payouts has no tree: the chain would wait for it for ever. What there is goes to the first with one.
     if totals.is_empty() {
         return Err(LedgerError::NobodyPaid);

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use openlora_database::kill;
+use openlora_database::{DatabaseUrl, kill, testing::failing_disk};
 use openlora_ledger::{Account, Ledger, LedgerConfig, LedgerError};
 use openlora_types::Classify as _;
 use tempfile::TempDir;
@@ -99,15 +99,19 @@ async fn killed_at(point: &str) -> bool {
     assert!(killed || ended.status.success(), "{point}: {errors}");
     let ledger = open(&url(dir.path()), LedgerConfig::default(), || NOW_MS).await;
     ledger.verify(|_, _| ()).await.expect(point);
-    // What was answered is there; what was not is there as a whole or not at all, which verify has checked.
-    let world = ledger.balance(&Account::World, &usd()).await.expect("read").debits;
-    assert!(world == DEPOSIT || (world == 0 && !said.contains("answered: deposit")), "{point}: {world}");
-    let held = available(&ledger, "held").await + ledger.balance(&Account::Pool, &usd()).await.expect("read").credits;
-    assert!(held > 0 || !said.contains("answered: post"), "{point}");
-    assert!(ledger.last_epoch().await.expect("read") == 1 || !said.contains("answered: seal"), "{point}");
+    check_answered(&ledger, &said, point).await;
     everything(&ledger).await.expect(point);
     check_everything(&ledger, point).await;
     killed
+}
+
+/// What was answered is there; what was not is there as a whole or not at all, which `verify` checks.
+async fn check_answered(ledger: &Ledger, said: &str, point: &str) {
+    let world = ledger.balance(&Account::World, &usd()).await.expect("read").debits;
+    assert!(world == DEPOSIT || (world == 0 && !said.contains("answered: deposit")), "{point}: {world}");
+    let held = available(ledger, "held").await + ledger.balance(&Account::Pool, &usd()).await.expect("read").credits;
+    assert!(held > 0 || !said.contains("answered: post"), "{point}");
+    assert!(ledger.last_epoch().await.expect("read") == 1 || !said.contains("answered: seal"), "{point}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -219,6 +223,79 @@ async fn a_disk_that_takes_no_more_refuses_and_loses_nothing() {
     let there = available(&ledger, "application/app").await;
     assert!(there == answered || there == answered + 1, "{there} of {answered}");
     ledger.deposit("next", "app", &usd(), 1).await.expect("there is room again");
+}
+
+#[tokio::test]
+#[ignore = "the child of a_write_or_flush_that_fails_is_told_and_loses_and_invents_nothing"]
+async fn child_whose_disk_fails_once() {
+    let dir = env::var_os(CHILD).expect("started by its parent");
+    let url = DatabaseUrl::parse("url", &url(Path::new(&dir))).expect("a URL");
+    let told = |error: LedgerError| {
+        assert!(matches!(error, LedgerError::Database(_)) && error.is_retryable(), "{error}");
+        println!("refused: {error}");
+    };
+    let opened = match Ledger::open(&url, LedgerConfig::default()).await {
+        Err(error) => {
+            told(error);
+            Ledger::open(&url, LedgerConfig::default()).await
+        }
+        opened => opened,
+    };
+    let ledger = opened.expect("opened the second time");
+    let next = async || ledger.set_address("next", &Account::Pool, None).await.map(drop);
+    let done = match everything(&ledger).await {
+        Ok(()) => next().await,
+        failed => failed,
+    };
+    if let Err(error) = done {
+        told(error);
+    }
+    // One call fails: whatever it stopped, the next operation goes through.
+    next().await.expect("the disk works again");
+    println!("{ANSWERED}next");
+}
+
+#[tokio::test]
+async fn a_write_or_flush_that_fails_is_told_and_loses_and_invents_nothing() {
+    if env::var_os("OPENLORA_TEST_POSTGRES").is_some() {
+        return; // The disk of another process.
+    }
+    let library = TempDir::new().expect("a temporary folder");
+    let library = failing_disk(library.path());
+    // A transaction is flushed once and written in many pieces.
+    for (call, step) in [("FAIL_FLUSH", 1), ("FAIL_WRITE", 13)] {
+        let mut refused = 0;
+        for number in (1..).step_by(step) {
+            let dir = TempDir::new().expect("a temporary folder");
+            let ledger = open(&url(dir.path()), LedgerConfig::default(), || NOW_MS).await;
+            set_terms(&ledger).await;
+            ledger.close().await;
+            let mut child = child("child_whose_disk_fails_once", dir.path(), "");
+            let ended = child.env("LD_PRELOAD", &library).env(call, number.to_string()).output().expect("ran");
+            let (said, errors) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+            let point = format!("{call} {number}: {said}{errors}");
+            assert!(ended.status.success() && said.contains("answered: next"), "{point}");
+            if said.contains("refused") {
+                refused += 1;
+                assert!(said.contains("disk I/O error"), "{point}");
+            } else {
+                assert!(said.contains("answered: seal"), "{point}");
+            }
+            let ledger = open(&url(dir.path()), LedgerConfig::default(), || NOW_MS).await;
+            ledger.verify(|_, _| ()).await.expect(&point);
+            check_answered(&ledger, &said, &point).await;
+            // Sealing is the last of it: again it would close an epoch of the operation that went through.
+            if ledger.last_epoch().await.expect("read") == 0 {
+                everything(&ledger).await.expect(&point);
+            }
+            check_everything(&ledger, &point).await;
+            if !errors.contains("the disk failed") {
+                break;
+            }
+        }
+        // Ten transactions; SQLite flushes folders too and tells nobody where that fails.
+        assert!(refused >= 5, "{call}: {refused} refused");
+    }
 }
 
 /// Starts this test binary again to run `test` alone in `dir`; `before` are shell commands that prepare it.
