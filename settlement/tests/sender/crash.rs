@@ -102,8 +102,6 @@ async fn a_process_killed_at_any_point_leaves_one_effect_and_no_gap() {
         "after a broadcast#3",
         "before a replacement",
         "after a replacement",
-        "before a receipt is kept",
-        "after a receipt was kept#2",
         "before a nonce is final",
         "after a nonce is final",
         "after a nonce is final#2",
