@@ -274,9 +274,10 @@ async fn finalize(config: &Config, say: &Say, wait: bool) -> Result<()> {
     };
     let bundle = published(config, open.epoch).await?;
     if wait && open.challenge.is_none() {
-        while now() <= open.finalizable_at {
-            eprintln!("epoch {} can be finalized in {} s", open.epoch, open.finalizable_at + 1 - now());
-            tokio::time::sleep(Duration::from_secs((open.finalizable_at + 1 - now()).clamp(1, 10))).await;
+        let left = || (open.finalizable_at + 1).saturating_sub(now());
+        while left() > 0 {
+            eprintln!("epoch {} can be finalized in {} s", open.epoch, left());
+            tokio::time::sleep(Duration::from_secs(left().clamp(1, 10))).await;
         }
     }
     let epoch = open.epoch;

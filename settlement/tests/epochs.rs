@@ -3,6 +3,9 @@
 #[path = "sender/anvil.rs"]
 #[expect(dead_code, reason = "shared with the sender's tests, which use all of it")]
 mod anvil;
+#[path = "sender/proxy.rs"]
+#[expect(dead_code, reason = "shared with the sender's tests, which use all of it")]
+mod proxy;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +34,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use anvil::{ACCOUNT, Anvil, KEY};
+use proxy::{Fault, ID, Proxy};
 
 const WINDOW: u32 = 3_600;
 const CONTRIBUTORS: u64 = 60;
@@ -590,4 +594,28 @@ async fn a_claim_that_was_left_out_is_found_again() {
     for account in [payee(0), payee(1)] {
         assert_eq!(unclaimed(&stage, account).await, 0, "{account}");
     }
+}
+
+#[tokio::test]
+async fn a_node_that_refuses_many_blocks_is_asked_for_fewer() {
+    let mut stage = Stage::new().await;
+    stage.work(5).await;
+    let bundle = stage.seal().await;
+    stage.fund(bundle.tree().total()).await;
+    stage.succeeds(stage.contract.propose(&bundle).await.expect("due")).await;
+    stage.finalize(&bundle).await;
+    for account in [payee(0), payee(1)] {
+        stage.succeeds(stage.contract.claim(&bundle, &[account]).await.expect("final")).await;
+    }
+    let proxy = Proxy::start(stage.anvil.port).await;
+    let url = RpcUrl::parse("rpc", &proxy.url("secret")).expect("a URL");
+    let config = RpcConfig { response_bytes_max: 100 << 10, tries: 1, ..RpcConfig::default() };
+    let chain = Chain::open(&url, 31_337, config, contracts::describe).await.expect("a node");
+    let contract = Contract::open(chain, stage.deployment.settlement).await.expect("ours");
+    let refusal = json!({ "jsonrpc": "2.0", "id": 0, "error": { "code": -32000, "message": "block range too wide" } });
+    proxy.fail("eth_getLogs", Fault::Say(200, refusal.to_string().replace("\"id\":0", &format!("\"id\":{ID}"))));
+    proxy.fail("eth_getLogs", Fault::Say(200, " ".repeat(200 << 10)));
+    let mut claims = Claims::new(contract, stage.ledger.clone(), stage.asset.clone());
+    assert_eq!(noted(&mut claims).await, [payee(0), payee(1)]);
+    assert!(proxy.is_done() && proxy.seen("eth_getLogs") >= 2 + 4, "two halvings: four pieces or more");
 }

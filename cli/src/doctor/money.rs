@@ -6,12 +6,12 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use openlora_settlement::chain::{At, Chain};
 use openlora_settlement::contracts;
 use openlora_settlement::epochs::Contract;
 use openlora_settlement::keys::{Password, Signer};
-use openlora_settlement::{RpcConfig, RpcUrl};
+use openlora_settlement::{RpcConfig, RpcUrl, SettlementError};
 
 use crate::config::{self, Config};
 use crate::{block_on, chain, ledger};
@@ -81,7 +81,11 @@ async fn connect(config: &Config) -> Result<Connected> {
         bail!("settlement.chain_id must be set to the id of the chain at {url}");
     }
     let patience = RpcConfig { timeout: PATIENCE, tries: 1, ..RpcConfig::default() };
-    let chain = Chain::open(&url, settings.chain_id, patience, contracts::describe).await?;
+    let chain = Chain::open(&url, settings.chain_id, patience, contracts::describe).await;
+    let chain = chain.map_err(|error| match error {
+        SettlementError::Rpc(silent) => anyhow!("{silent}; start the node, or correct settlement.rpc_url"),
+        other => other.into(),
+    })?;
     let at = format!("chain {} at {url}", chain.id());
     if settings.contract.is_empty() {
         let detail = format!("{at}; settlement.contract is not set, `openlora chain deploy` makes one");

@@ -411,6 +411,7 @@ fn a_deployment_goes_on_and_what_cannot_be_right_is_refused_before_anything_is_s
     stranger.set("RPC_URL", "http://127.0.0.1:1");
     let (ok, detail) = stranger.doctor("chain");
     assert!(!ok && detail.contains("http://127.0.0.1:1 gave no answer"), "{detail}");
+    assert!(detail.contains("correct settlement.rpc_url"), "{detail}");
 }
 
 #[test]
