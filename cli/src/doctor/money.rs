@@ -10,7 +10,6 @@ use anyhow::{Context, Result, anyhow, bail};
 use openlora_settlement::chain::{At, Chain};
 use openlora_settlement::contracts;
 use openlora_settlement::epochs::Contract;
-use openlora_settlement::keys::{Password, Signer};
 use openlora_settlement::{RpcConfig, RpcUrl, SettlementError};
 
 use crate::config::{self, Config};
