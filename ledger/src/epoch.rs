@@ -76,12 +76,12 @@ impl Ledger {
     /// epoch. Interrupted, it is finished by the next call. What an account gets after its payout is paid in the next.
     ///
     /// # Errors
-    /// [`LedgerError::EmptyEpoch`] where nothing was written since the last, [`LedgerError::NobodyPaid`] where it would be the
+    /// [`LedgerError::EmptyEpoch`] where nothing but claims was written since the last, [`LedgerError::NobodyPaid`] where it would be the
     /// first and no address is owed anything; [`LedgerError::Database`];
     /// [`LedgerError::KeyReused`] where another server seals at the same time, which changes nothing.
     pub async fn seal(&self) -> Result<Epoch, LedgerError> {
         let head = self.head().await?;
-        if head.seq == head.epoch_row {
+        if !self.has_news(head.epoch_row).await? {
             return Err(LedgerError::EmptyEpoch { last: head.epoch });
         }
         let epoch = head.epoch + 1;
@@ -100,6 +100,13 @@ impl Ledger {
 
     async fn head(&self) -> Result<Head, LedgerError> {
         tables::head(&mut *self.connection().await?).await
+    }
+
+    /// Whether anything but claims was written since an epoch's row: claims are of what epochs have paid already.
+    async fn has_news(&self, epoch_row: u64) -> Result<bool, LedgerError> {
+        let sql = "SELECT seq FROM ledger_rows WHERE seq > $1 AND idempotency NOT LIKE 'claim/%' ORDER BY seq LIMIT 1";
+        let found = query(sql).bind(i(epoch_row)).fetch_optional(self.db.reader()).await.map_err(read_error)?;
+        Ok(found.is_some())
     }
 
     async fn is_due(&self, after: &str) -> Result<bool, LedgerError> {

@@ -118,8 +118,8 @@ pub enum LedgerError {
         /// Where.
         row: u64,
     },
-    /// Nothing was written since the last epoch. FAILED_PRECONDITION.
-    #[error("nothing was written since epoch {last} was sealed; seal again when something was")]
+    /// Nothing but claims was written since the last epoch. FAILED_PRECONDITION.
+    #[error("nothing but claims was written since epoch {last} was sealed; seal again when something was")]
     EmptyEpoch {
         /// The last epoch, 0 where there is none.
         last: u64,

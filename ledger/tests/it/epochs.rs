@@ -61,8 +61,11 @@ async fn amounts_accrue_without_an_address_and_a_later_address_changes_no_sealed
     ledger.claimed("x", address(1), &usd(), 400).await.expect("claimed");
     let twice = ledger.claimed("y", address(1), &usd(), 1).await.expect_err("all of it was");
     assert!(matches!(twice, LedgerError::Unfunded { available: 0, .. }), "{twice}");
+    let empty = ledger.seal().await.expect_err("what is claimed was paid by an epoch before");
+    assert!(matches!(empty, LedgerError::EmptyEpoch { last: 3 }), "{empty}");
+    pay(&ledger, "d", None).await;
     ledger.seal().await.expect("sealed");
-    assert_eq!(owed(&leaves(&ledger, 4).await), [(1, 400), (2, 850)], "claims are not deducted");
+    assert_eq!(owed(&leaves(&ledger, 4).await), [(1, 400), (2, 1_000)], "claims are not deducted");
     let missing = ledger.fold(5).await.err().expect("not sealed");
     assert!(matches!(missing, LedgerError::NotFound { what: "epoch", .. }), "{missing}");
     assert_eq!(ledger.verify(|_, _| ()).await.expect("whole").epochs, 4);
