@@ -198,6 +198,7 @@ fn ledger(error: &LedgerError) -> Answer {
             Answer::new(Code::NotFound, "NOT_IN_THE_LEDGER", text).resource(what, name)
         }
         LedgerError::EmptyEpoch { .. } => Answer::new(Code::FailedPrecondition, "EMPTY_EPOCH", text),
+        LedgerError::NobodyPaid => Answer::new(Code::FailedPrecondition, "NOBODY_PAID", text),
         LedgerError::Damaged { row, .. } => {
             let text = format!("row {row} of the ledger is damaged; the operator runs `openlora ledger verify`");
             Answer::new(Code::Internal, "LEDGER_DAMAGED", text)

@@ -395,7 +395,8 @@ pub(crate) async fn raw_call(
     let mut framed = vec![0];
     framed.extend((encoded.len() as u32).to_be_bytes());
     framed.extend(encoded);
-    body.send_data(framed.into(), true).expect("sent");
+    // A server that has refused already does not take it.
+    let _refused = body.send_data(framed.into(), true);
     let answered = async {
         let (head, mut body) = response.await.expect("a response").into_parts();
         if let Some(status) = head.headers.get("grpc-status") {
