@@ -116,9 +116,9 @@ else
   "$openlora" settle finalize --wait
 
   step "ann's claim is paid"
-  "$openlora" settle claim $ann
+  "$openlora" settle claim --wait $ann
   "$openlora" settle status
-  for account in application/shop owner/demo contributor/ann contributor/bob operator; do
+  for account in application/shop owner/demo contributor/ann payout/$ann contributor/bob operator; do
     "$openlora" ledger balance $account
   done
 fi
