@@ -27,18 +27,17 @@ use child::{CHILD, SAID};
 use steps::steps;
 
 /// Where processes die, and how often at most they have been there by then.
-const POINTS: [(&str, u32); 23] = [
-    ("after the row", 100),
+const POINTS: [(&str, u32); 22] = [
+    ("after the row", 12),
     ("before an intent is kept", 2),
     ("before a nonce is given away", 2),
-    ("after the balances", 100),
+    ("after the balances", 12),
     ("after a nonce was given away", 2),
     ("before a broadcast", 2),
-    ("between changes", 100),
     ("after a broadcast", 2),
     ("before a replacement", 1),
     ("after an intent was kept", 2),
-    ("before the commit", 100),
+    ("before the commit", 12),
     ("between payouts and seal", 1),
     ("before a bundle is put", 1),
     (ANY_INSTANT, 200),
