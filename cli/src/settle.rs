@@ -199,6 +199,12 @@ async fn seal(config: &Config, say: &Say) -> Result<()> {
 /// Sends an intent and waits until it is in a block.
 async fn send(contract: &Contract, sender: &Sender, intent: Intent, what: &str) -> Result<IntentId> {
     let id = contract.submit(sender, intent).await?;
+    follow(sender, id, what).await?;
+    Ok(id)
+}
+
+/// Waits until an intent is in a block.
+async fn follow(sender: &Sender, id: IntentId, what: &str) -> Result<()> {
     let mut last = String::new();
     let status = sender.wait_until(id, |status| {
         let now = match status {
@@ -223,17 +229,25 @@ async fn send(contract: &Contract, sender: &Sender, intent: Intent, what: &str) 
         Status::Finalized { reverted: Some(why), .. } => bail!("{what} reverted: {why}"),
         other => bail!("{what} reverted: {other:?}"),
     }
-    Ok(id)
+    Ok(())
 }
 
 async fn fund(config: &Config, say: &Say, amount: u128, key: &str) -> Result<()> {
     let contract = contract(config).await?;
     let sender = chain::configured_sender(config).await?;
     let intent = contract.fund(amount, key);
-    // Unlike what follows from an epoch's number it is never due again.
-    if sender.find(&intent.key).await?.is_none() {
-        send(&contract, &sender, intent, "the transfer").await?;
-    }
+    let id = match sender.find(&intent.key).await? {
+        None => contract.submit(&sender, intent).await?,
+        // Unlike what follows from an epoch's number it is never due again, whatever a call that was cut off has left.
+        Some(id) => {
+            if matches!(sender.status(id).await?, Status::Refused { .. } | Status::Finalized { reverted: Some(_), .. })
+            {
+                sender.retry(id).await?;
+            }
+            id
+        }
+    };
+    follow(&sender, id, "the transfer").await?;
     sender.close().await?;
     let held = contract.state(At::Latest).await?.balance;
     say.line(&format!("the contract holds {held}"), json!({"held": held.to_string()}));
