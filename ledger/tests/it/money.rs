@@ -206,3 +206,44 @@ async fn many_tasks_spend_one_deposit_and_not_a_unit_more() {
     assert_eq!(bench.available("application/app").await, 0);
     bench.ledger.verify(|_, _| ()).await.expect("whole");
 }
+
+#[tokio::test]
+async fn what_is_asked_in_one_breath_is_done_in_its_order_and_once() {
+    let bench = Bench::new().await;
+    let ledger = &bench.ledger;
+    let (usd, two, one) = (usd(), request("app", 2, 0), usage(Some("receipt"), 1, 0, 0));
+    // They queue in this order, and share a transaction or not as the writer's thread comes to them.
+    let (first, second, early, reserved, dear, posted, voided, settled) = tokio::join!(
+        ledger.deposit("k", "app", &usd, 200),
+        ledger.deposit("k", "app", &usd, 200),
+        ledger.post("r", &one),
+        ledger.reserve("r", &two),
+        ledger.reserve("dear", &two),
+        ledger.post("r", &one),
+        ledger.void("r"),
+        ledger.attribute("receipt", vec![("ann".into(), 1)], 0),
+    );
+    assert_eq!(first.expect("deposited"), second.expect("deposited once"));
+    assert!(matches!(early, Err(LedgerError::NotFound { .. })), "{early:?}");
+    assert_eq!(reserved.expect("reserved").amount, 200);
+    assert!(matches!(dear, Err(LedgerError::Unfunded { available: 0, .. })), "{dear:?}");
+    assert_eq!(posted.expect("posted").returned, 100);
+    assert!(matches!(voided, Err(LedgerError::Posted { .. })), "{voided:?}");
+    assert_eq!(settled.expect("settled").amount, 30);
+    assert_eq!((bench.available("application/app").await, bench.available("contributor/ann").await), (100, 30));
+    ledger.verify(|_, _| ()).await.expect("whole");
+}
+
+#[tokio::test]
+async fn a_damaged_row_is_told_to_who_asks_for_it_alone() {
+    let bench = Bench::new().await;
+    let ledger = &bench.ledger;
+    ledger.deposit("d", "app", &usd(), 100_000).await.expect("deposited");
+    ledger.reserve("a", &request("app", 1, 0)).await.expect("reserved");
+    bench.sql("UPDATE ledger_rows SET at_ms = -1 WHERE idempotency = 'open/a'");
+    let (usd, used) = (usd(), usage(None, 1, 0, 0));
+    let (damaged, other) = tokio::join!(ledger.post("a", &used), ledger.deposit("e", "app", &usd, 1));
+    let damaged = damaged.expect_err("damaged").to_string();
+    assert!(damaged.contains("at_ms") && damaged.contains("openlora ledger verify"), "{damaged}");
+    other.expect("deposited");
+}
