@@ -1,6 +1,7 @@
 //! The whole system from outside: the real binary, the real model, real sockets.
 
 mod answers;
+mod charging;
 mod commands;
 mod lifecycle;
 mod settlement;
