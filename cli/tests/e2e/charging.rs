@@ -31,8 +31,9 @@ fn asked(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_served_request_is_paid_for_and_divided_by_its_receipt() {
     let charging = [("OPENLORA_LEDGER_CHARGE", "true"), ("OPENLORA_LEDGER_BASE_OWNER", "lab")];
-    let server = Server::start(&charging);
-    let shop = create_key(server.home.path(), "app", "shop");
+    let home = tempfile::tempdir().expect("a folder for the server");
+    let shop = create_key(home.path(), "app", "shop");
+    let server = Server::start_in(home, &charging);
     let client = server.client_with(&shop).await;
     server.client().await.upload("admin/cwe", "golden/trained/cwe-r8", false).await.expect("uploaded");
 
