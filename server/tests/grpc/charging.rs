@@ -236,30 +236,32 @@ async fn what_the_server_cuts_off_or_refuses_is_not_charged() {
     let mut client = server.inference(Role::App).await;
     let mut running = client.generate_stream(long_request()).await.expect("started").into_inner();
     running.next().await.expect("a message").expect("a token");
-    // One may wait; of many more some are refused by a full queue.
-    let mut waiting = Vec::new();
-    let refused = loop {
+    // One may wait; the others find the queue full, some at the door and some behind it.
+    let (mut streams, mut statuses) = (vec![running], Vec::new());
+    for _ in 0..8 {
         match client.generate_stream(long_request()).await {
-            Ok(stream) => waiting.push(stream),
-            Err(refused) => break refused,
+            Ok(stream) => streams.push(stream.into_inner()),
+            Err(status) => statuses.push(status),
         }
-        assert!(waiting.len() < 10, "the queue never fills");
-    };
-    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    }
     server.ask_to_stop();
-    let ended = async {
-        while let Some(message) = running.next().await {
-            if let Err(status) = message {
-                return status;
+    for mut stream in streams {
+        let ended = async {
+            while let Some(message) = stream.next().await {
+                if let Err(status) = message {
+                    return status;
+                }
             }
-        }
-        panic!("a cut answer ends with a status");
-    };
-    let status = tokio::time::timeout(PATIENCE, ended).await.expect("ends in time");
-    assert_eq!(status.code(), Code::Unavailable, "{status}");
+            panic!("a cut answer ends with a status");
+        };
+        statuses.push(tokio::time::timeout(PATIENCE, ended).await.expect("ends in time"));
+    }
+    let count = |code| statuses.iter().filter(|status| status.code() == code).count();
+    let (cut, refused) = (count(Code::Unavailable), count(Code::ResourceExhausted));
+    assert!(cut >= 1 && refused >= 1 && cut + refused == 9, "{statuses:?}");
     server.ended().await.expect("a clean end");
     assert_eq!(shop.spent().await, (0, 0));
-    assert_eq!(shop.begun().await, 2 + waiting.len(), "each was begun and given back");
+    assert_eq!(shop.begun().await, 9, "each was begun and given back");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
