@@ -21,7 +21,7 @@ use openlora_settlement::sender::{Sender, SenderConfig};
 use openlora_settlement::{RpcConfig, RpcUrl};
 
 use crate::config::{self, Config};
-use crate::{Global, block_on, ledger, load_config, serve};
+use crate::{Global, block_on, ledger, load_config, shutdown_signal};
 
 /// The version of anvil that scripts/fetch-anvil.sh fetches.
 const ANVIL: &str = "anvil/1.7.1/anvil";
@@ -126,7 +126,7 @@ async fn dev(global: &Global, args: &DevArgs) -> Result<ExitCode> {
         println!("\n{settings}# or: source {}", folder.join("settings.sh").display());
     }
     std::io::stdout().flush()?;
-    let mut ended = std::pin::pin!(serve::shutdown_signal());
+    let mut ended = std::pin::pin!(shutdown_signal());
     loop {
         tokio::select! {
             () = &mut ended => return Ok(ExitCode::SUCCESS),

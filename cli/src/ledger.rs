@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
+use futures_util::{StreamExt as _, stream};
 use indicatif::{ProgressBar, ProgressStyle};
 use openlora_database::DatabaseUrl;
 use openlora_ledger::{
@@ -15,11 +16,14 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
+use crate::adapter::bytes_bar;
 use crate::config::Config;
 use crate::{Global, block_on, load_config};
 
 /// Bytes of a line at most.
 const LINE_BYTES_MAX: usize = 1 << 20;
+/// Lines that are under way at once.
+const LINES_AT_ONCE: usize = 64;
 
 #[derive(Subcommand)]
 pub(crate) enum LedgerCommand {
@@ -237,11 +241,11 @@ pub(crate) fn run(global: &Global, command: &LedgerCommand) -> Result<ExitCode> 
                     ledger.attribute(&receipt, shares, unattributed).await?;
                     Ok(())
                 };
-                let attributed = each_line(file, name).await?;
+                let attributed = each_line(file, global.json, name).await?;
                 say(format!("{attributed} receipts attributed"), json!({"attributed": attributed}));
             }
             LedgerCommand::Post { file } => {
-                let posted = each_line(file, async |line| post_line(&ledger, &asset, line).await).await?;
+                let posted = each_line(file, global.json, async |line| post_line(&ledger, &asset, line).await).await?;
                 say(format!("{posted} requests posted"), json!({"posted": posted}));
             }
         }
@@ -260,25 +264,37 @@ fn parse_target(text: &str) -> Result<Target> {
     })
 }
 
-/// Does something with every line; what was done before a bad one stays. Returns how many there were.
-async fn each_line<L: DeserializeOwned>(file: &Path, mut work: impl AsyncFnMut(L) -> Result<()>) -> Result<usize> {
+/// Does something with every line, many at once, since each waits for the disk; what was done before a bad one stays. Returns how
+/// many there were.
+async fn each_line<L: DeserializeOwned>(
+    file: &Path,
+    quiet: bool,
+    work: impl AsyncFn(L) -> Result<()>,
+) -> Result<usize> {
     let name = file.display().to_string();
-    let reader = std::io::BufReader::new(std::fs::File::open(file).with_context(|| name.clone())?);
-    let mut done = 0;
-    for (number, line) in reader.lines().enumerate() {
+    let opened = std::fs::File::open(file).with_context(|| name.clone())?;
+    let bar = bytes_bar(opened.metadata().map_or(0, |metadata| metadata.len()), quiet);
+    let lines = std::io::BufReader::new(bar.wrap_read(opened)).lines().enumerate();
+    let (name, work) = (&name, &work);
+    let each = |(number, line): (usize, std::io::Result<String>)| async move {
         let at = || format!("{name}, line {}", number + 1);
         let line = line.with_context(at)?;
         if line.len() > LINE_BYTES_MAX {
             bail!("{}: has {} bytes; at most {LINE_BYTES_MAX} are read", at(), line.len());
         }
         if line.trim().is_empty() {
-            continue;
+            return Ok(0);
         }
-        let line = serde_json::from_str(&line).with_context(at)?;
-        work(line).await.with_context(at)?;
-        done += 1;
+        work(serde_json::from_str(&line).with_context(at)?).await.with_context(at)?;
+        Ok(1)
+    };
+    let mut done = stream::iter(lines).map(each).buffered(LINES_AT_ONCE);
+    let mut count = 0;
+    while let Some(one) = done.next().await {
+        count += one?;
     }
-    Ok(done)
+    bar.finish_and_clear();
+    Ok(count)
 }
 
 async fn post_line(ledger: &Ledger, asset: &Asset, line: Line) -> Result<()> {

@@ -18,7 +18,7 @@ use crate::check::ServingProbe;
 use crate::config::{Config, Flag};
 use crate::desk::Desk;
 use crate::device::{self, Device, LoadedModel};
-use crate::{Global, ledger, load_config};
+use crate::{Global, ledger, load_config, shutdown_signal};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -140,21 +140,6 @@ pub(crate) fn run(global: &Global, args: &ServeArgs) -> Result<ExitCode> {
     runtime.block_on(books.ledger.close());
     engine.shutdown();
     Ok(ExitCode::SUCCESS)
-}
-
-/// Resolves on SIGTERM or Ctrl-C.
-pub(crate) async fn shutdown_signal() {
-    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
-    match terminate {
-        Ok(mut terminate) => tokio::select! {
-            _ = terminate.recv() => {}
-            _ = tokio::signal::ctrl_c() => {}
-        },
-        Err(error) => {
-            tracing::warn!(%error, "no handler for SIGTERM; Ctrl-C still stops the server");
-            let _ = tokio::signal::ctrl_c().await;
-        }
-    }
 }
 
 /// Lets the store compare an adapter's copies of base weights with the base.

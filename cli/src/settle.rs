@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
+use indicatif::{ProgressBar, ProgressFinish};
 use openlora_ledger::{Asset, Ledger, LedgerError};
 use openlora_settlement::bundle::{Bundle, Manifest};
 use openlora_settlement::bundles::{BUNDLE_BYTES_MAX, Bundles, fetch, publish_missing};
@@ -20,7 +21,7 @@ use openlora_settlement::watch::{Verdict, judge};
 use serde_json::json;
 
 use crate::config::Config;
-use crate::{Global, block_on, chain, ledger, load_config, serve};
+use crate::{Global, block_on, chain, ledger, load_config, shutdown_signal};
 
 /// Pause between two looks at the chain.
 const POLL: Duration = Duration::from_secs(2);
@@ -174,14 +175,21 @@ async fn seal(config: &Config, say: &Say) -> Result<()> {
     let contract = contract(config).await?;
     let (asset, bundles) = (ledger::asset(config)?, bundles(config)?);
     let ledger = ledger::open(config).await?;
+    // Seconds where a hundred thousand accounts are paid.
+    let spinner = ProgressBar::new_spinner().with_message("sealing").with_finish(ProgressFinish::AndClear);
+    spinner.enable_steady_tick(Duration::from_millis(100));
     match ledger.seal().await {
         Ok(_) => {}
         Err(LedgerError::EmptyEpoch { last }) => {
-            say.line(&format!("nothing is new since epoch {last}"), json!({"epoch": last, "new": false}));
+            let text = format!("nothing is new since epoch {last}");
+            spinner.suspend(|| say.line(&text, json!({"epoch": last, "new": false})));
         }
         Err(error) => return Err(error.into()),
     }
-    for manifest in publish_missing(&ledger, contract.settles(), &asset, &bundles).await? {
+    spinner.set_message("computing and publishing what was sealed");
+    let published = publish_missing(&ledger, contract.settles(), &asset, &bundles).await?;
+    spinner.finish_and_clear();
+    for manifest in published {
         let Manifest { epoch, accounts, total, receipts, payout_root, .. } = &manifest;
         let place = bundles.place(*epoch);
         let text = format!(
@@ -320,7 +328,7 @@ async fn status(config: &Config, say: &Say, watch: bool) -> Result<()> {
 /// Until Ctrl-C. A node that does not answer is asked again.
 async fn watch_status(contract: &Contract, ledger: &Ledger, say: &Say) -> Result<()> {
     let redraws = !say.json && std::io::stdout().is_terminal();
-    let mut ended = std::pin::pin!(serve::shutdown_signal());
+    let mut ended = std::pin::pin!(shutdown_signal());
     let (mut last, mut complaint) = (None, Complaint::default());
     loop {
         match overview(contract, ledger).await {

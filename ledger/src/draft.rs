@@ -14,12 +14,11 @@ use openlora_database::kill;
 use sqlx::AnyConnection;
 
 use crate::{
-    account::{Account, Address, Asset},
+    account::{Account, Asset},
     error::LedgerError,
-    row::{Body, Effect, Move, Operation, Row, Version},
-    tables::{self, Application, Balance, Balances, Head, Held, Lines, post_move},
+    row::{Body, Effect, Move, Operation, Row, Version, Written},
+    tables::{self, Application, Balances, Head, Held, Tables, post_move},
     terms::{Prices, Split},
-    write::Written,
 };
 
 /// Lines held before they are written: bounds a transaction's memory. One row's may be more.
@@ -41,27 +40,6 @@ pub(crate) struct Draft<'c> {
     /// By the caller's name for them.
     terms: HashMap<String, Terms>,
     lines: Tables,
-}
-
-/// What is derived from the rows: lines that were read or are to be written.
-#[derive(Default)]
-pub(crate) struct Tables {
-    pub(crate) balances: Lines<(String, String), Balance>,
-    pub(crate) applications: Lines<(String, String), Application>,
-    /// The row and time of open reservations.
-    pub(crate) open: Lines<String, (u64, u64)>,
-    pub(crate) held: Lines<String, Held>,
-    /// Rows by target, kind and asset.
-    pub(crate) terms: Lines<(String, &'static str, String), u64>,
-    pub(crate) addresses: Lines<String, Address>,
-    pub(crate) leaves: Lines<(Address, Asset, u64), u128>,
-    pub(crate) totals: Lines<Asset, u128>,
-}
-
-impl Tables {
-    fn len(&self) -> usize {
-        self.balances.len() + self.applications.len() + self.open.len() + self.held.len() + self.leaves.len()
-    }
 }
 
 impl<'c> Draft<'c> {

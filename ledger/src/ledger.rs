@@ -15,10 +15,10 @@ use crate::{
     config::LedgerConfig,
     error::LedgerError,
     queue::{Job, write_all},
-    row::{Operation, Outcome, Request, Usage, Version},
+    row::{Operation, Outcome, Request, Usage, Version, Written},
     tables::{SCHEMA, i, read_error, text},
     terms::{Prices, Split, Target},
-    write::{Writer, Written},
+    write::Writer,
 };
 
 /// Milliseconds since 1970.

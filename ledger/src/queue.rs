@@ -9,8 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     draft::Draft,
     error::LedgerError,
-    row::Operation,
-    write::{Writer, Written},
+    row::{Operation, Written},
+    write::Writer,
 };
 
 /// Something to write, and who waits for it.

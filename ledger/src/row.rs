@@ -112,6 +112,12 @@ pub(crate) struct Body {
     pub(crate) outcome: Outcome,
 }
 
+/// A row that is in the journal now, and what it says.
+pub(crate) struct Written {
+    pub(crate) seq: u64,
+    pub(crate) body: Body,
+}
+
 /// A row as it is kept.
 #[derive(Clone, Debug)]
 pub(crate) struct Row {

@@ -12,8 +12,7 @@ use sqlx::{
 };
 
 use crate::{
-    account::{Account, Amount, Asset},
-    draft::Tables,
+    account::{Account, Address, Amount, Asset},
     error::LedgerError,
     row::{Move, Row, used_after},
 };
@@ -266,6 +265,28 @@ pub(crate) async fn held_all(db: &mut AnyConnection, receipts: &[String]) -> Res
 pub(crate) async fn totals(db: &mut AnyConnection) -> Result<BTreeMap<Asset, u128>, LedgerError> {
     let rows = query("SELECT asset, cumulative FROM ledger_totals").fetch_all(db).await.map_err(read_error)?;
     rows.iter().map(|row| Ok((parsed(row, "asset")?, amount(row, "cumulative")?))).collect()
+}
+
+/// What is derived from the rows: lines that were read or are to be written.
+#[derive(Default)]
+pub(crate) struct Tables {
+    pub(crate) balances: Lines<(String, String), Balance>,
+    pub(crate) applications: Lines<(String, String), Application>,
+    /// The row and time of open reservations.
+    pub(crate) open: Lines<String, (u64, u64)>,
+    pub(crate) held: Lines<String, Held>,
+    /// Rows by target, kind and asset.
+    pub(crate) terms: Lines<(String, &'static str, String), u64>,
+    pub(crate) addresses: Lines<String, Address>,
+    pub(crate) leaves: Lines<(Address, Asset, u64), u128>,
+    pub(crate) totals: Lines<Asset, u128>,
+}
+
+impl Tables {
+    /// How many are held, but for those that are few always.
+    pub(crate) fn len(&self) -> usize {
+        self.balances.len() + self.applications.len() + self.open.len() + self.held.len() + self.leaves.len()
+    }
 }
 
 /// Lines of a table by their primary keys: some as they were read, some to be written.

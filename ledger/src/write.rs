@@ -8,18 +8,12 @@ use crate::{
     config::LedgerConfig,
     draft::{Draft, Terms},
     error::LedgerError,
-    row::{Body, Closed, Operation, Outcome, PRICE, Payment, Request, Row, SPLIT, Usage, Version},
+    row::{Body, Closed, Operation, Outcome, PRICE, Payment, Request, Row, SPLIT, Usage, Version, Written},
     tables::{self, Held, i, number, read_error, text},
     terms::{Prices, Split, Target, Tokens, divide, merge},
 };
 
 const DAY_MS: u64 = 24 * 3_600 * 1_000;
-
-/// A row that is in the journal now, and what it says.
-pub(crate) struct Written {
-    pub(crate) seq: u64,
-    pub(crate) body: Body,
-}
 
 /// Decides. Holds nothing but the settings.
 pub(crate) struct Writer {

@@ -375,19 +375,24 @@ async fn the_most_that_the_contract_keeps_is_paid_and_more_is_refused_by_name() 
     assert!(matches!(twice, SettlementError::AccountOrder { account, after } if account == one && after == one));
 }
 
+/// An epoch, sealed and funded, and the same with what an account earned paid to the proposer.
+async fn right_and_wrong(stage: &mut Stage) -> (Bundle, Bundle) {
+    stage.work(5).await;
+    let right = stage.seal().await;
+    stage.fund(right.tree().total()).await;
+    let mut stolen = epoch_of(&right);
+    let last = stolen.payouts.len() - 1;
+    stolen.payouts[last].account = Address::repeat_byte(0xff);
+    let wrong = Bundle::new(stage.contract.settles(), stolen).expect("a tree as any");
+    (right, wrong)
+}
+
 #[tokio::test]
 async fn a_wrong_root_is_noticed_challenged_and_never_paid_from() {
     let mut stage = Stage::new().await;
     let contract = stage.contract.clone();
-    stage.work(5).await;
-    let right = stage.seal().await;
-    stage.fund(right.tree().total()).await;
-    // The proposer pays itself what an account earned.
-    let mut stolen = epoch_of(&right);
-    let (last, total) = (stolen.payouts.len() - 1, right.tree().total());
-    stolen.payouts[last].account = Address::repeat_byte(0xff);
-    let wrong = Bundle::new(contract.settles(), stolen).expect("a tree as any");
-    assert_eq!(wrong.tree().total(), total);
+    let (right, wrong) = right_and_wrong(&mut stage).await;
+    assert_eq!(wrong.tree().total(), right.tree().total());
     stage.succeeds(contract.propose(&wrong).await.expect("due")).await;
     let error = contract.propose(&right).await.expect_err("another is open");
     assert!(matches!(error, SettlementError::OtherRoot { epoch: 1, .. }), "{error}");
@@ -533,13 +538,7 @@ async fn claims_by_anybody_are_noted_once_whoever_looks_and_how_often() {
 async fn a_claim_of_more_than_the_ledger_owes_is_an_error_by_name() {
     let mut stage = Stage::new().await;
     let contract = stage.contract.clone();
-    stage.work(5).await;
-    let right = stage.seal().await;
-    stage.fund(right.tree().total()).await;
-    let mut stolen = epoch_of(&right);
-    let last = stolen.payouts.len() - 1;
-    stolen.payouts[last].account = Address::repeat_byte(0xff);
-    let wrong = Bundle::new(contract.settles(), stolen).expect("a tree as any");
+    let (_, wrong) = right_and_wrong(&mut stage).await;
     stage.succeeds(contract.propose(&wrong).await.expect("due")).await;
     // Nobody challenged it.
     stage.finalize(&wrong).await;
