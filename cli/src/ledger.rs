@@ -10,7 +10,7 @@ use futures_util::{StreamExt as _, stream};
 use indicatif::{ProgressBar, ProgressStyle};
 use openlora_database::DatabaseUrl;
 use openlora_ledger::{
-    Account, Address, Asset, Ledger, LedgerConfig, Payees, Prices, Request, Split, Target, Tokens, Usage,
+    Account, Address, Asset, Entry, Ledger, LedgerConfig, Order, Payees, Prices, Request, Split, Target, Tokens, Usage,
 };
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -35,6 +35,16 @@ pub(crate) enum LedgerCommand {
     Balance {
         /// Its name
         account: Account,
+    },
+    /// Where an account's money came from and went to, the newest first
+    #[command(after_help = "Example:\n  openlora ledger entries contributor/ann --limit 20
+For a contributor, what is named receipt/ID is its part of the answer with that receipt.")]
+    Entries {
+        /// Its name
+        account: Account,
+        /// Rows of the ledger at most
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1_000))]
+        limit: u16,
     },
     /// Note what an application has prepaid
     #[command(after_help = "Example:\n  openlora ledger deposit shop 5000000 --key invoice-17")]
@@ -215,6 +225,17 @@ pub(crate) fn run(global: &Global, command: &LedgerCommand) -> Result<ExitCode> 
                     json!({"account": account.to_string(), "asset": asset.as_str(), "available": has.to_string(),
                            "credits": credits.to_string(), "debits": debits.to_string()}),
                 );
+            }
+            LedgerCommand::Entries { account, limit } => {
+                let (entries, _) = ledger.entries(account, Order::Newest, None, usize::from(*limit)).await?;
+                for Entry { row, at_ms, what, asset, other, credit, amount } in entries {
+                    let (sign, from) = if credit { ('+', "from") } else { ('-', "to") };
+                    say(
+                        format!("row {row:<8} {sign}{amount} {asset} {from} {other}, {what}"),
+                        json!({"row": row, "at_ms": at_ms, "what": what, "asset": asset.as_str(), "credit": credit,
+                               "amount": amount.to_string(), "other": other.to_string()}),
+                    );
+                }
             }
             LedgerCommand::Deposit { application, amount, key } => {
                 let row = ledger.deposit(key, application, &asset, *amount).await?;

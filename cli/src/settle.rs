@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressFinish};
 use openlora_ledger::{Asset, Ledger, LedgerError};
 use openlora_settlement::bundle::{Bundle, Manifest};
@@ -67,20 +68,7 @@ pub(crate) enum SettleCommand {
         epoch: Option<u64>,
     },
     /// Have accounts paid what they have earned; anyone may do that for anyone
-    #[command(after_help = "Examples:
-  openlora settle claim 0x70997970C51812dc3A010C7d01b50e0d17dc79C8
-  openlora settle claim --all")]
-    Claim {
-        /// Which accounts
-        #[arg(required_unless_present = "all")]
-        accounts: Vec<Address>,
-        /// Every account of the last finalized epoch
-        #[arg(long, conflicts_with = "accounts")]
-        all: bool,
-        /// Wait until no reorganisation takes the payments back, so that they are in the ledger too
-        #[arg(long)]
-        wait: bool,
-    },
+    Claim(ClaimArgs),
     /// Derive every proposed root again and challenge a wrong one; note in the ledger what was claimed
     #[command(after_help = "Example:\n  openlora settle watch --challenge")]
     Watch {
@@ -105,6 +93,32 @@ pub(crate) enum SettleCommand {
     },
 }
 
+#[derive(Args)]
+#[command(after_help = "Examples:
+  openlora settle claim 0x70997970C51812dc3A010C7d01b50e0d17dc79C8
+  openlora settle claim --all
+  openlora settle claim --key wallet.json --password-file password --bundle https://example.org/epoch-7.json")]
+pub(crate) struct ClaimArgs {
+    /// Which accounts; that of the key when left out
+    #[arg(required_unless_present_any = ["all", "key"])]
+    accounts: Vec<Address>,
+    /// Every account of the last finalized epoch
+    #[arg(long, conflicts_with = "accounts")]
+    all: bool,
+    /// Wait until no reorganisation takes the payments back, so that they are in the ledger too
+    #[arg(long)]
+    wait: bool,
+    /// The keystore whose account pays for the transaction, in place of the settings'
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Where its password is, in place of settlement.password_file
+    #[arg(long, value_name = "FILE", requires = "key")]
+    password_file: Option<PathBuf>,
+    /// The last finalized epoch's bundle, a file or an URL, in place of the one in the settings' store
+    #[arg(long)]
+    bundle: Option<String>,
+}
+
 pub(crate) fn run(global: &Global, command: &SettleCommand) -> Result<ExitCode> {
     let config = load_config(global, &[])?.config;
     let say = Say { json: global.json };
@@ -116,7 +130,7 @@ pub(crate) fn run(global: &Global, command: &SettleCommand) -> Result<ExitCode> 
             SettleCommand::Finalize { wait } => finalize(&config, &say, *wait).await,
             SettleCommand::Status { watch } => status(&config, &say, *watch).await,
             SettleCommand::Proof { account, epoch } => proof(&config, *account, *epoch).await,
-            SettleCommand::Claim { accounts, wait, .. } => claim(&config, &say, accounts, *wait).await,
+            SettleCommand::Claim(args) => claim(config.clone(), &say, args).await,
             SettleCommand::Watch { challenge, once } => return watch(&config, &say, *challenge, *once).await,
             SettleCommand::Verify { bundle, previous, rpc } => {
                 verify(&say, bundle, previous.as_deref(), rpc.as_deref()).await
@@ -418,16 +432,31 @@ async fn proof(config: &Config, account: Address, epoch: Option<u64>) -> Result<
     Ok(())
 }
 
-async fn claim(config: &Config, say: &Say, accounts: &[Address], wait: bool) -> Result<()> {
+async fn claim(mut config: Config, say: &Say, args: &ClaimArgs) -> Result<()> {
+    let settings = &mut config.settlement;
+    if let Some(key) = &args.key {
+        settings.keystore.clone_from(key);
+        settings.kms_key.clear();
+    }
+    if let Some(file) = &args.password_file {
+        settings.password_file.clone_from(file);
+    }
+    let (config, wait) = (&config, args.wait);
     let contract = contract(config).await?;
     let epoch = contract.state(At::Latest).await?.epoch;
     if epoch == 0 {
         bail!("no epoch is final; `openlora settle status` tells where they are");
     }
-    let bundle = published(config, epoch).await?;
-    let all: Vec<Address> = bundle.tree().payouts().iter().map(|payout| payout.account).collect();
-    let accounts = if accounts.is_empty() { &all } else { accounts };
+    let bundle = match &args.bundle {
+        Some(place) => read(place).await?,
+        None => published(config, epoch).await?,
+    };
     let sender = chain::configured_sender(config).await?;
+    let accounts: Vec<Address> = match args.accounts.as_slice() {
+        [] if args.all => bundle.tree().payouts().iter().map(|payout| payout.account).collect(),
+        [] => vec![sender.account()],
+        accounts => accounts.to_vec(),
+    };
     let mut sent = Vec::new();
     for accounts in accounts.chunks(CLAIMS_MAX) {
         if let Some(intent) = contract.claim(&bundle, accounts).await? {
@@ -441,7 +470,7 @@ async fn claim(config: &Config, say: &Say, accounts: &[Address], wait: bool) -> 
         }
     }
     sender.close().await?;
-    for account in accounts {
+    for account in &accounts {
         let (earned, paid) = (bundle.tree().cumulative(*account), contract.claimed(*account, At::Latest).await?);
         // Also what an earlier call had sent.
         while wait && contract.claimed(*account, At::Finalized).await? < paid {

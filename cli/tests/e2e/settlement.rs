@@ -299,6 +299,20 @@ fn usage_ends_in_claims_that_are_paid_once() {
         held["available"].as_str().expect("an amount").to_owned()
     };
     assert_eq!(unclaimed(ANN), "1200");
+    // Anybody pays for anybody, with a key and a bundle of their own.
+    let (other, account) = Home::with_key();
+    ask(rpc, "anvil_setBalance", json!([account, RICH])).expect("rich");
+    let (key, password) = (other.path("key.json"), other.path("password"));
+    let with = ["settle", "claim", "--wait", "--bundle", bundle, "--key", &key, "--password-file", &password];
+    let claims = operator.json(&[&with[..], &[ANN]].concat());
+    assert_eq!((&claims[0]["earned"], &claims[0]["paid"]), (&json!("1200"), &json!("1200")));
+    assert_eq!(unclaimed(ANN), "0");
+    let own = operator.json(&with);
+    let own_account = own[0]["account"].as_str().map(str::to_lowercase);
+    assert_eq!((own_account, &own[0]["earned"]), (Some(account.to_lowercase()), &json!("0")));
+    let entries = operator.json(&["ledger", "entries", "contributor/ann"]);
+    assert_eq!((entries.len(), &entries[0]["other"]), (11, &json!(format!("payout/{ANN}"))));
+    assert!(entries[1..].iter().all(|entry| entry["what"].as_str().is_some_and(|what| what.starts_with("receipt/"))));
     for _ in 0..2 {
         // Claimed again, nothing more is paid.
         let claims = operator.json(&["settle", "claim", "--all", "--wait"]);
