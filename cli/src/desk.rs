@@ -461,7 +461,7 @@ fn refused(error: anyhow::Error) -> EpochsError {
 
 fn told(error: &anyhow::Error) -> EpochsError {
     use SettlementError as E;
-    const KEY: EpochsError = EpochsError::Unavailable { what: "the key of settlement.keystore" };
+    const KEY: EpochsError = EpochsError::Unavailable { what: "the key of settlement.keystore or settlement.kms_key" };
     const DATABASE: EpochsError = EpochsError::Unavailable { what: "the database of settlement.database_url" };
     if error.is::<KeyError>() {
         return KEY;

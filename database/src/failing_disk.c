@@ -1,5 +1,5 @@
 /* Loaded into a process before its libraries: the flush whose number is in FAIL_FLUSH, or the write to a place of a file
- * whose number is in FAIL_WRITE, fails as on a broken disk. */
+ * whose number is in FAIL_WRITE, fails as on a broken disk, or with FAIL_FULL as on a full one. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,7 +15,7 @@ static int fails(const char *variable, atomic_int *calls) {
     if (!failing || atomic_fetch_add(calls, 1) + 1 != atoi(failing)) return 0;
     static const char said[] = "the disk failed\n";
     if (write(STDERR_FILENO, said, sizeof said - 1) < 0) abort();
-    errno = EIO;
+    errno = getenv("FAIL_FULL") ? ENOSPC : EIO;
     return 1;
 }
 

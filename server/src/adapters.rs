@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::app::State;
 use crate::auth::Caller;
-use crate::convert::parse_generation;
+use crate::convert::{page_size, parse_generation};
 use crate::keys::check_name;
 use crate::{ServerError, upload};
 
@@ -148,17 +148,12 @@ impl Adapters for AdaptersService {
         request: Request<wire::ListAdaptersRequest>,
     ) -> Result<Response<wire::ListAdaptersResponse>, Status> {
         let (caller, request) = split(request)?;
-        let page_size = request.page_size.unwrap_or(PAGE_SIZE_DEFAULT);
-        if page_size == 0 || page_size > PAGE_SIZE_MAX {
-            let why = format!("is {page_size}; it must be from 1 to {PAGE_SIZE_MAX}");
-            return Err(ServerError::from(InvalidField::new("page_size", why)).into());
-        }
+        let wanted = page_size(request.page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX).map_err(ServerError::from)?;
         // The token is the last alias of the page before.
         let after = match request.page_token.as_str() {
             "" => None,
             token => Some(Alias::parse("page_token", token, &self.state.config.limits).map_err(ServerError::from)?),
         };
-        let wanted = page_size as usize;
         // One more than asked for tells whether there is a next page.
         let actor = caller.actor();
         let page = move |store: &AdapterStore| store.list(&actor, after.as_ref().map(Alias::as_str), wanted + 1);

@@ -208,6 +208,18 @@ pub(crate) fn parse_generation(field: &str, text: &str) -> Result<Generation, In
         .map_err(|error| InvalidField::new(field, format!("has a generation that {}", error.reason)))
 }
 
+/// How much a page of a listing may hold.
+///
+/// # Errors
+/// On `page_size`.
+pub(crate) fn page_size(asked: Option<u32>, default: u32, max: u32) -> Result<usize, InvalidField> {
+    let size = asked.unwrap_or(default);
+    if size == 0 || size > max {
+        return Err(InvalidField::new("page_size", format!("is {size}; it must be from 1 to {max}")));
+    }
+    Ok(size as usize)
+}
+
 fn sampling(
     wire: wire::SamplingParameters,
     output: &wire::OutputOptions,

@@ -18,6 +18,7 @@ use crate::ServerError;
 use crate::adapters::split;
 use crate::app::{Books, State};
 use crate::auth::Caller;
+use crate::convert::page_size;
 use crate::edge::Deadline;
 use crate::epochs::{ClaimProof, Epochs, EpochsError};
 use crate::keys::Role;
@@ -159,7 +160,7 @@ impl Settlement for SettlementService {
         request: Request<wire::ListEntriesRequest>,
     ) -> Result<Response<wire::ListEntriesResponse>, Status> {
         let (caller, request) = split(request)?;
-        let rows = page_size(request.page_size, ENTRY_ROWS_DEFAULT, ENTRY_ROWS_MAX)?;
+        let rows = page_size(request.page_size, ENTRY_ROWS_DEFAULT, ENTRY_ROWS_MAX).map_err(ServerError::from)?;
         // The token is the last row of the page before.
         let cursor = page_token(&request.page_token)?;
         let order = if request.oldest_first.unwrap_or(false) { Order::Oldest } else { Order::Newest };
@@ -217,7 +218,7 @@ impl Settlement for SettlementService {
         request: Request<wire::ListEpochsRequest>,
     ) -> Result<Response<wire::ListEpochsResponse>, Status> {
         let (_, request) = split(request)?;
-        let wanted = page_size(request.page_size, EPOCHS_DEFAULT, EPOCHS_MAX)? as u64;
+        let wanted = page_size(request.page_size, EPOCHS_DEFAULT, EPOCHS_MAX).map_err(ServerError::from)? as u64;
         // The token is the last number of the page before.
         let before = page_token(&request.page_token)?.unwrap_or(u64::MAX);
         let last = self.ledger()?.last_epoch().await.map_err(ServerError::from)?;
@@ -269,15 +270,6 @@ async fn known(ledger: &Ledger, field: &str, number: u64) -> Result<u64, ServerE
     let next = "; ListEpochs tells which are sealed";
     let missing = EpochsError::NotFound { what: "epoch", name: number.to_string(), next };
     if number <= last { Ok(number) } else { Err(missing.into()) }
-}
-
-/// How much a page may hold.
-fn page_size(asked: Option<u32>, default: u32, max: u32) -> Result<usize, ServerError> {
-    let size = asked.unwrap_or(default);
-    if size == 0 || size > max {
-        return Err(InvalidField::new("page_size", format!("is {size}; it must be from 1 to {max}")).into());
-    }
-    Ok(size as usize)
 }
 
 /// Where the page before ended.

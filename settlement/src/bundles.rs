@@ -153,32 +153,11 @@ impl Bundles {
     }
 }
 
-/// Computes a sealed epoch's bundle and publishes it; nothing where one is published already.
-///
-/// # Errors
-/// [`bundle_of`]'s and [`Bundles::put`]'s.
-pub async fn publish(
-    ledger: &Ledger,
-    settles: &Settles,
-    asset: &Asset,
-    bundles: &Bundles,
-    epoch: u64,
-) -> Result<Option<Bundle>, SettlementError> {
-    if bundles.has(epoch).await? {
-        return Ok(None);
-    }
-    let bundle = bundle_of(ledger, epoch, settles, asset).await?;
-    kill::point("before a bundle is put");
-    bundles.put(&bundle).await?;
-    kill::point("after a bundle was put");
-    Ok(Some(bundle))
-}
-
 /// Publishes every epoch after the last one published, so also those sealed before a crash; says which. They are published in
 /// order: what is missing is at the end.
 ///
 /// # Errors
-/// As [`publish`]; those before the one that failed are published.
+/// [`bundle_of`]'s and [`Bundles::put`]'s; those before the one that failed are published.
 pub async fn publish_missing(
     ledger: &Ledger,
     settles: &Settles,
@@ -192,8 +171,11 @@ pub async fn publish_missing(
     }
     let mut manifests = Vec::new();
     for epoch in published + 1..=last {
-        manifests
-            .extend(publish(ledger, settles, asset, bundles, epoch).await?.map(|bundle| bundle.manifest().clone()));
+        let bundle = bundle_of(ledger, epoch, settles, asset).await?;
+        kill::point("before a bundle is put");
+        bundles.put(&bundle).await?;
+        kill::point("after a bundle was put");
+        manifests.push(bundle.manifest().clone());
     }
     Ok(manifests)
 }

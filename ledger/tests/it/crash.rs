@@ -263,7 +263,7 @@ async fn a_write_or_flush_that_fails_is_told_and_loses_and_invents_nothing() {
     let library = TempDir::new().expect("a temporary folder");
     let library = failing_disk(library.path());
     // A transaction is flushed once and written in many pieces.
-    for (call, step) in [("FAIL_FLUSH", 1), ("FAIL_WRITE", 13)] {
+    for (call, step, full) in [("FAIL_FLUSH", 1, false), ("FAIL_WRITE", 13, false), ("FAIL_WRITE", 13, true)] {
         let mut refused = 0;
         for number in (1..).step_by(step) {
             let dir = TempDir::new().expect("a temporary folder");
@@ -271,13 +271,17 @@ async fn a_write_or_flush_that_fails_is_told_and_loses_and_invents_nothing() {
             set_terms(&ledger).await;
             ledger.close().await;
             let mut child = child("child_whose_disk_fails_once", dir.path(), "");
-            let ended = child.env("LD_PRELOAD", &library).env(call, number.to_string()).output().expect("ran");
+            child.env("LD_PRELOAD", &library).env(call, number.to_string());
+            if full {
+                child.env("FAIL_FULL", "1");
+            }
+            let ended = child.output().expect("ran");
             let (said, errors) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
-            let point = format!("{call} {number}: {said}{errors}");
+            let point = format!("{call} {number}, full: {full}: {said}{errors}");
             assert!(ended.status.success() && said.contains("answered: next"), "{point}");
             if said.contains("refused") {
                 refused += 1;
-                assert!(said.contains("disk I/O error"), "{point}");
+                assert!(said.contains(if full { "disk is full" } else { "disk I/O error" }), "{point}");
             } else {
                 assert!(said.contains("answered: seal"), "{point}");
             }
@@ -294,7 +298,7 @@ async fn a_write_or_flush_that_fails_is_told_and_loses_and_invents_nothing() {
             }
         }
         // Ten transactions; SQLite flushes folders too and tells nobody where that fails.
-        assert!(refused >= 5, "{call}: {refused} refused");
+        assert!(refused >= 5, "{call}, full: {full}: {refused} refused");
     }
 }
 
