@@ -16,24 +16,28 @@ impl Scheduler {
             for &block in &sequence.blocks {
                 named[block as usize] += 1;
             }
-            let placed = sequence.computed + sequence.in_flight;
-            assert!(placed <= sequence.tokens.len(), "{id} has more rows than tokens");
-            assert!(sequence.tokens.len() < sequence.tokens_max(), "{id} outlived its last token");
+            let placed = sequence.computed;
+            assert!(placed < sequence.tokens.len(), "{id} has as many rows as tokens");
             assert_eq!(sequence.blocks.len(), self.config.blocks_for(placed), "blocks of {id} for {placed} tokens");
             assert!(
-                sequence.published * self.config.block_size <= sequence.computed,
-                "{id} published what is not computed"
+                sequence.published * self.config.block_size <= placed.min(sequence.known()),
+                "{id} published what is not computed or not known"
             );
             let listed = self.running.iter().filter(|&&other| other == slot).count();
             match sequence.phase {
                 Phase::Waiting => assert_eq!((placed, listed), (0, 0), "{id} waits and holds blocks or runs"),
                 Phase::Running => {
+                    assert!(sequence.tokens.len() < sequence.tokens_max(), "{id} runs and has no row to come");
                     assert_eq!(listed, 1, "{id} runs as often as it is listed");
                     running += 1;
                 }
+                Phase::Ending => {
+                    assert_eq!(sequence.tokens.len(), sequence.tokens_max(), "{id} has rows to come");
+                    assert_eq!((placed, listed), (0, 0), "{id} ends and holds blocks or runs");
+                }
             }
-            let listed = self.in_flight.contains(&slot);
-            assert_eq!(listed, sequence.in_flight > 0, "whether {id} is in flight");
+            let awaited = self.awaited[..self.unanswered].iter().flatten().filter(|&&other| other == id).count();
+            assert_eq!(awaited, sequence.unknown, "tokens of {id} that plans draw");
             if let Some(deadline) = sequence.deadline {
                 assert!(self.deadlines.contains(&(deadline, id)), "the deadline of {id} is not watched");
                 deadlines += 1;

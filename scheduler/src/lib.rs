@@ -11,7 +11,9 @@
 //! may share a block).
 //!
 //! **One rule.** A sequence has tokens and a number of them whose keys and values are computed; every step brings the
-//! second closer to the first. Prefill, chunked prefill, decode and recomputation after preemption are this one rule.
+//! second closer to the first. Prefill, chunked prefill, decode and recomputation after preemption are this one rule. A plan takes
+//! the plan before it as done, so that the next step can be planned while the device is at this one: the tokens that it draws are
+//! counted, and learnt later.
 //!
 //! **Invariants**, each checked by [`Scheduler::check_invariants`] or by the simulator's model of the KV cache:
 //! - A page belongs to nobody, to one adapter, or, as a KV block, to the sequences that list it; a block in two tables is full, computed and

@@ -82,7 +82,8 @@ impl Scheduler {
         let own_load = known.filter(|(_, adapter)| adapter.state == State::Loading).map_or(0, |_| need.pages);
         let (pinned, loading) = (totals.pinned_pages, totals.loading_pages - own_load);
         // Its own sequences would need less, being counted without it.
-        let live = self.slots.iter().map(|(_, sequence)| {
+        let to_run = self.slots.iter().filter(|(_, sequence)| sequence.phase != Phase::Ending);
+        let live = to_run.map(|(_, sequence)| {
             let own = sequence.ticket.adapter.is_some() && sequence.ticket.adapter == known.map(|(at, _)| at);
             self.alone(sequence) - if own { need.pages } else { 0 }
         });

@@ -5,8 +5,9 @@ use std::ops::Range;
 use openlora_types::{Generation, SequenceId, Token};
 
 /// What one step computes, and what moves in and out of the pool before it. The engine drops what is `evicted`, hands the
-/// `loads` to whoever loads, runs the `sequences` and calls [`Scheduler::update`](crate::Scheduler::update) before asking for
-/// the next. Reusable: [`Scheduler::schedule_into`](crate::Scheduler::schedule_into) keeps the buffers.
+/// `loads` to whoever loads, runs the `sequences` and calls [`Scheduler::update`](crate::Scheduler::update) with what they drew,
+/// before it asks for the next plan or, where a device works by itself, one plan later. Reusable:
+/// [`Scheduler::schedule_into`](crate::Scheduler::schedule_into) keeps the buffers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StepPlan {
     /// Sequences with rows in this step, ordered by generation, the base model (`None`) first: an adapter's rows are
@@ -81,17 +82,19 @@ pub struct ScheduledSequence {
     pub blocks: usize,
     /// Whether the last row is the sequence's last token, so that a token is sampled from it.
     pub samples: bool,
+    /// Whether the last row's token is not known to the scheduler: the plan before this one draws it, whose results are to come.
+    pub drawn: bool,
     /// Tokens found in the prefix cache, in the step in which the sequence is admitted or readmitted; 0 in all others.
     pub cached_tokens: usize,
 }
 
-/// What became of one scheduled sequence.
+/// What became of a scheduled sequence that samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SequenceResult {
     /// Whose.
     pub id: SequenceId,
-    /// The sampled token; only where the plan said [`ScheduledSequence::samples`].
-    pub token: Option<Token>,
+    /// The sampled token.
+    pub token: Token,
     /// Whether the sequence ends here.
     pub finished: bool,
 }

@@ -18,8 +18,8 @@ const RETRY_MICROS: std::ops::RangeInclusive<u64> = 10_000..=30_000_000;
 
 /// Decides what each step computes. One instance per engine; see the crate's page for its invariants.
 ///
-/// The engine's loop is [`Scheduler::schedule_into`], run the plan, [`Scheduler::update`]. [`Scheduler::submit`] and
-/// [`Scheduler::abort`] may come at any point of it.
+/// The engine's loop is [`Scheduler::schedule_into`], run the plan, [`Scheduler::update`]; the update may come one plan late.
+/// [`Scheduler::submit`] and [`Scheduler::abort`] may come at any point of it.
 #[derive(Debug)]
 pub struct Scheduler {
     pub(crate) config: SchedulerConfig,
@@ -28,8 +28,9 @@ pub struct Scheduler {
     pub(crate) memory: Memory,
     /// Running sequences; ordered by rank during a step.
     pub(crate) running: Vec<u32>,
-    /// Sequences of the step that is being computed.
-    pub(crate) in_flight: Vec<u32>,
+    /// Plans whose results are to come, and for each of them, oldest first, the sequences that it samples, in its order.
+    pub(crate) unanswered: usize,
+    pub(crate) awaited: [Vec<SequenceId>; 2],
     pub(crate) deadlines: BTreeSet<(Time, SequenceId)>,
     /// An aged waiting sequence that had its turn and whose adapter was not there or found no place: place and pages are kept
     /// for it.
@@ -64,7 +65,8 @@ impl Scheduler {
             queue: Queue::new(config.starvation_micros),
             memory: Memory::new(&config),
             running: Vec::with_capacity(config.max_num_seqs),
-            in_flight: Vec::with_capacity(config.max_num_seqs),
+            unanswered: 0,
+            awaited: [0, 1].map(|_| Vec::with_capacity(config.max_num_seqs)),
             deadlines: BTreeSet::new(),
             reserved: None,
             pending_pins: Vec::new(),
@@ -192,51 +194,51 @@ impl Scheduler {
     /// dropped by [`Scheduler::update`]. Returns whether the sequence was live.
     pub fn abort(&mut self, id: SequenceId) -> bool {
         let Some(slot) = self.slots.find(id) else { return false };
-        self.in_flight.retain(|&other| other != slot);
         self.end(slot);
         self.stats.aborted_total += 1;
         true
     }
 
-    /// Advances what the last plan scheduled: its rows are computed, sampled tokens are appended, finished sequences end.
-    /// A sequence also ends when it has `max_tokens` generated tokens. Sequences whose rows sample nothing need no result;
-    /// results of sequences that are not live (aborted since) are dropped.
+    /// Takes the results of the oldest plan that has had none: one for each sequence that it samples, in its order. Sampled tokens take
+    /// their places, finished sequences end. A sequence also ends when it has `max_tokens` generated tokens. Results of sequences that
+    /// are not live (aborted since, or ended by an earlier plan's results) may be missing and are dropped. A plan without sequences has
+    /// no results to be given.
     ///
     /// # Panics
-    /// If a result is for a sequence that the last plan did not schedule, or a sequence that samples has neither a token
-    /// nor is finished, or one that does not sample has a token: the engine ran another plan.
+    /// If a live sequence that samples has no result, a result is for one that does not sample, or every plan has had its results: the
+    /// engine ran another plan.
     pub fn update(&mut self, now: Time, results: &[SequenceResult]) {
-        for result in results {
-            if let Some(slot) = self.slots.find(result.id) {
-                self.advance(slot, result.token, result.finished, now);
+        assert!(self.unanswered > 0, "update() came with results of no plan");
+        let awaited = std::mem::take(&mut self.awaited[0]);
+        let mut results = results.iter().peekable();
+        for &id in &awaited {
+            let result = results.next_if(|result| result.id == id);
+            if let Some(slot) = self.slots.find(id) {
+                let result = result.unwrap_or_else(|| panic!("{id} was to sample a token and has none"));
+                self.learn(slot, result, now);
             }
         }
-        for at in 0..self.in_flight.len() {
-            let slot = self.in_flight[at];
-            if self.slots.is_live(slot) && self.slots[slot].in_flight > 0 {
-                self.advance(slot, None, false, now);
-            }
+        if let Some(result) = results.next() {
+            panic!("{} has a token that its plan did not sample, or out of the plan's order", result.id);
         }
-        self.in_flight.clear();
+        self.awaited[0] = awaited;
+        self.awaited[0].clear();
+        self.awaited.rotate_left(1);
+        self.unanswered -= 1;
     }
 
-    fn advance(&mut self, slot: u32, token: Option<Token>, finished: bool, now: Time) {
+    /// Puts a token in its place.
+    fn learn(&mut self, slot: u32, result: &SequenceResult, now: Time) {
         let sequence = &mut self.slots[slot];
-        assert!(sequence.in_flight > 0, "{} has a result but no rows in the last plan", sequence.id);
-        sequence.computed += std::mem::take(&mut sequence.in_flight);
-        let samples = sequence.computed == sequence.tokens.len();
-        if let Some(token) = token {
-            assert!(samples, "{} has a token but its last plan ended before its last token", sequence.id);
-            sequence.tokens.push(token);
-            self.queue.charge(sequence.ticket.tenant, 1, self.config.output_weight, now);
-            if self.config.prefix_cache {
-                sequence.extend_keys(self.config.block_size);
-            }
-        } else {
-            assert!(!samples || finished, "{} was to sample a token and has none", sequence.id);
+        let at = sequence.known();
+        sequence.tokens[at] = result.token;
+        sequence.unknown -= 1;
+        self.queue.charge(sequence.ticket.tenant, 1, self.config.output_weight, now);
+        if self.config.prefix_cache {
+            sequence.extend_keys(self.config.block_size);
         }
         sequence.publish(&mut self.memory.pages, self.config.block_size);
-        if finished || sequence.tokens.len() >= sequence.tokens_max() {
+        if result.finished || sequence.known() == sequence.tokens_max() {
             self.end(slot);
             self.stats.finished_total += 1;
             self.pace.departure(now);
@@ -245,36 +247,45 @@ impl Scheduler {
 
     /// Frees all that a live sequence holds and forgets it.
     pub(crate) fn end(&mut self, slot: u32) {
-        match self.slots[slot].phase {
-            Phase::Waiting => self.queue.remove(&self.slots[slot].ticket),
-            Phase::Running => {
-                self.running.retain(|&other| other != slot);
-                self.vacate(slot);
-            }
-        }
         if self.reserved == Some(slot) {
             self.release_reservation();
         }
-        let sequence = self.slots.remove(slot);
-        if let Some(at) = sequence.ticket.adapter {
-            self.memory.adapters.change(at, |adapter| adapter.waiting -= 1);
+        let Sequence { phase, ticket, .. } = self.slots[slot];
+        match phase {
+            Phase::Waiting => {
+                self.queue.remove(&ticket);
+                if let Some(at) = ticket.adapter {
+                    self.memory.adapters.change(at, |adapter| adapter.waiting -= 1);
+                }
+            }
+            Phase::Running => self.finish_rows(slot),
+            Phase::Ending => {}
         }
+        let sequence = self.slots.remove(slot);
         if let Some(deadline) = sequence.deadline {
             self.deadlines.remove(&(deadline, sequence.id));
         }
         self.queue.leave(sequence.ticket.tenant);
     }
 
-    /// Takes a running sequence's blocks and its lease on its adapter back: it wants the adapter as a waiting one does.
-    pub(crate) fn vacate(&mut self, slot: u32) {
+    /// Takes a running sequence's blocks, its lease on its adapter and its deadline, since it has no row to come. Whatever gets its
+    /// pages is of a later plan.
+    pub(crate) fn finish_rows(&mut self, slot: u32) {
+        self.running.retain(|&other| other != slot);
+        self.take_blocks(slot, Phase::Ending);
         let sequence = &mut self.slots[slot];
-        self.memory.release_blocks(&mut sequence.blocks);
-        sequence.computed = 0;
-        sequence.in_flight = 0;
-        sequence.left_out = 0;
-        sequence.published = 0;
-        sequence.phase = Phase::Waiting;
-        if let Some(at) = sequence.ticket.adapter {
+        if let Some(deadline) = sequence.deadline.take() {
+            self.deadlines.remove(&(deadline, sequence.id));
+        }
+        if let Some(at) = sequence.ticket.adapter.take() {
+            self.memory.change_use(at, |adapter| adapter.running -= 1);
+        }
+    }
+
+    /// Puts a running sequence back to waiting: it wants its adapter as a waiting one does.
+    pub(crate) fn vacate(&mut self, slot: u32) {
+        self.take_blocks(slot, Phase::Waiting);
+        if let Some(at) = self.slots[slot].ticket.adapter {
             self.memory.change_use(at, |adapter| {
                 adapter.running -= 1;
                 adapter.waiting += 1;
@@ -282,7 +293,16 @@ impl Scheduler {
         }
     }
 
-    /// Prompt and generated tokens of a live sequence.
+    fn take_blocks(&mut self, slot: u32, phase: Phase) {
+        let sequence = &mut self.slots[slot];
+        self.memory.release_blocks(&mut sequence.blocks);
+        sequence.computed = 0;
+        sequence.left_out = 0;
+        sequence.published = 0;
+        sequence.phase = phase;
+    }
+
+    /// Prompt and generated tokens of a live sequence; 0 for each of the last ones that plans without results draw.
     #[must_use]
     pub fn tokens(&self, id: SequenceId) -> Option<&[Token]> {
         self.slots.find(id).map(|slot| self.slots[slot].tokens.as_slice())

@@ -11,6 +11,9 @@ use crate::queue::Ticket;
 use crate::rate::Rate;
 use crate::residency::AdapterNeed;
 
+/// Stands for a token that a plan without results draws.
+pub(crate) const UNKNOWN: Token = 0;
+
 /// One sequence as it is submitted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewSequence {
@@ -37,13 +40,15 @@ pub struct NewSequence {
     pub use_prefix_cache: bool,
 }
 
-/// Which of a sequence's two lives it is in.
+/// What a sequence is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// In the queue; holds no block.
     Waiting,
     /// Holds blocks and gets at least one row in every fourth step, and in every step where all can have one.
     Running,
+    /// All its rows are planned and only its last token is to come: holds nothing any more.
+    Ending,
 }
 
 /// A live sequence.
@@ -59,20 +64,20 @@ pub(crate) struct Sequence {
     pub(crate) admission: Option<u64>,
     /// Steps in which it was passed over because another sequence was computing its next block.
     pub(crate) deferrals: usize,
-    /// Prompt, then what was generated.
+    /// Prompt, then what was generated; [`UNKNOWN`] for tokens that plans without results draw.
     pub(crate) tokens: Vec<Token>,
+    /// How many of them, the last ones, are not known yet.
+    pub(crate) unknown: usize,
     pub(crate) prompt_len: usize,
     pub(crate) max_tokens: usize,
-    /// Leading tokens whose keys and values are in `blocks`.
+    /// Leading tokens whose keys and values are in `blocks` once all plans made so far have run.
     pub(crate) computed: usize,
-    /// Rows of the step that is being computed.
-    pub(crate) in_flight: usize,
     /// Steps in a row in which it ran and got no row.
     pub(crate) left_out: u8,
     /// In a step that keeps rows: whether its tenant runs less than its share, and whether it must have a row.
     pub(crate) below_share: bool,
     pub(crate) owed: bool,
-    /// Enough for `computed + in_flight` tokens and not one more.
+    /// Enough for `computed` tokens and not one more.
     pub(crate) blocks: Vec<u32>,
     /// Leading blocks that were offered to the prefix cache or came from it.
     pub(crate) published: usize,
@@ -95,9 +100,9 @@ impl Sequence {
             root: BlockKey::root(new.adapter.as_ref().map(|need| &need.generation), &new.tenant, &new.cache_salt),
             prompt_len: new.prompt.len(),
             tokens: new.prompt,
+            unknown: 0,
             max_tokens: new.max_tokens as usize,
             computed: 0,
-            in_flight: 0,
             left_out: 0,
             below_share: false,
             owed: false,
@@ -112,9 +117,14 @@ impl Sequence {
         self.prompt_len + self.max_tokens
     }
 
-    /// Brings `keys` up to `tokens`.
+    /// Tokens that are known.
+    pub(crate) fn known(&self) -> usize {
+        self.tokens.len() - self.unknown
+    }
+
+    /// Brings `keys` up to the known tokens.
     pub(crate) fn extend_keys(&mut self, block_size: usize) {
-        for block in self.tokens.chunks_exact(block_size).skip(self.keys.len()) {
+        for block in self.tokens[..self.known()].chunks_exact(block_size).skip(self.keys.len()) {
             let key = self.keys.last().unwrap_or(&self.root).child(block);
             self.keys.push(key);
         }

@@ -22,7 +22,7 @@ use openlora_types::Time;
 
 use crate::queue::Ticket;
 use crate::residency::AdapterLimits;
-use crate::sequence::{Phase, Sequence, rank};
+use crate::sequence::{Phase, Sequence, UNKNOWN, rank};
 use crate::{ScheduledSequence, Scheduler, SchedulerConfig, StepPlan};
 
 /// Steps in a row in which a running sequence may be left out.
@@ -74,13 +74,20 @@ impl Scheduler {
     }
 
     /// Plans the next step into `plan`, whose buffers are reused: once they have grown, a step in which nothing is admitted or
-    /// loaded does not allocate. A plan without sequences means that there is nothing to compute before something comes, a load
-    /// ends or time passes.
+    /// loaded does not allocate. A plan without sequences means that there is nothing to compute before something comes, results
+    /// come, a load ends or time passes.
+    ///
+    /// A plan takes the ones before it as done: whoever runs plans runs them in this order, each whole (rows of sequences aborted since
+    /// too, in whose blocks others find them) before what a later one moves or writes. So this may be called when the last plan's
+    /// tokens are not known yet, and sequences go on from tokens to come ([`ScheduledSequence::drawn`]).
     ///
     /// # Panics
-    /// If the last plan's results were not given to [`Scheduler::update`].
+    /// If the results of the plan before the last one were not given to [`Scheduler::update`].
     pub fn schedule_into(&mut self, now: Time, plan: &mut StepPlan) {
-        assert!(self.in_flight.is_empty(), "schedule() came before update() with the last plan's results");
+        assert!(
+            self.unanswered < self.awaited.len(),
+            "schedule() came before update() with results of the plan before the last"
+        );
         plan.clear();
         self.chosen.clear();
         self.filling.clear();
@@ -103,6 +110,7 @@ impl Scheduler {
         }
         self.blocked = room.blocked;
         self.write(plan);
+        self.take_as_done(plan);
     }
 
     fn expire(&mut self, now: Time, plan: &mut StepPlan) {
@@ -218,7 +226,6 @@ impl Scheduler {
         while sequence.blocks.len() < self.config.blocks_for(end) {
             sequence.blocks.push(self.memory.allocate_block(&mut plan.evicted));
         }
-        sequence.in_flight = rows;
         room.rows -= rows;
         if self.queue.waiting() > 0 {
             let full = self.config.block_size;
@@ -227,10 +234,9 @@ impl Scheduler {
         }
         let order = self.chosen.len();
         self.chosen.push(Chosen { slot, rows, cached_tokens, adapter: 0, order });
-        self.in_flight.push(slot);
     }
 
-    /// Promises a running sequence the blocks that it will want soon.
+    /// Promises a running sequence, rows given, the blocks that it will want soon.
     fn promise(&self, slot: u32, room: &mut Room) {
         let sequence = &self.slots[slot];
         room.promised += self.config.blocks_for(sequence.tokens.len()) - sequence.blocks.len();
@@ -437,10 +443,36 @@ impl Scheduler {
                 table: plan.block_tables.len(),
                 blocks: sequence.blocks.len(),
                 samples: sequence.computed + chosen.rows == sequence.tokens.len(),
+                drawn: sequence.computed + chosen.rows > sequence.known(),
                 cached_tokens: chosen.cached_tokens,
             });
             plan.block_tables.extend_from_slice(&sequence.blocks);
             plan.total_rows += chosen.rows;
         }
+    }
+
+    /// Advances every sequence by its rows. Whoever samples has one more token, not known yet; where that is its last one, it gives
+    /// back what it holds.
+    fn take_as_done(&mut self, plan: &StepPlan) {
+        if plan.sequences.is_empty() {
+            return;
+        }
+        let block_size = self.config.block_size;
+        for at in 0..self.chosen.len() {
+            let Chosen { slot, rows, .. } = self.chosen[at];
+            let sequence = &mut self.slots[slot];
+            sequence.computed += rows;
+            let samples = sequence.computed == sequence.tokens.len();
+            if samples {
+                sequence.tokens.push(UNKNOWN);
+                sequence.unknown += 1;
+                self.awaited[self.unanswered].push(sequence.id);
+            }
+            sequence.publish(&mut self.memory.pages, block_size);
+            if samples && sequence.tokens.len() == sequence.tokens_max() {
+                self.finish_rows(slot);
+            }
+        }
+        self.unanswered += 1;
     }
 }

@@ -96,6 +96,7 @@ fn any_traffic(rng: &mut Rng) -> Traffic {
         arrivals: rng.pick(&[0.05, 0.3, 1.0, 2.0]),
         aborts: rng.pick(&[0.0, 0.02, 0.2]),
         deadlines: rng.pick(&[0.0, 0.1, 0.4]),
+        ahead: rng.pick(&[0.0, 0.5, 1.0]),
         prompt_max: rng.between(1, 60),
         answer_max: rng.between(1, 30),
     }
@@ -142,6 +143,7 @@ fn tiny_pools_preempt_and_still_finish_everything() {
     });
     if ran_all_seeds() {
         assert!(totals.finished > 5_000 && totals.preempted > 2_000, "{totals:?}");
+        assert!(totals.drawn > 10_000 && totals.ended_ahead > 500 && totals.preempted_ahead > 500, "{totals:?}");
     }
 }
 

@@ -78,7 +78,7 @@ fn a_failed_load_ends_exactly_those_who_wait_for_it() {
     assert_eq!(rig.scheduler.adapter_failed(adapter(1).generation), failing);
     rig.scheduler.adapter_loaded(adapter(2).generation);
     rig.scheduler.check_invariants();
-    rig.scheduler.update(Time(rig.now), &[SequenceResult { id: base, token: Some(1), finished: false }]);
+    rig.scheduler.update(Time(rig.now), &[SequenceResult { id: base, token: 1, finished: false }]);
     assert!(failing.iter().all(|id| rig.scheduler.tokens(*id).is_none()));
     let plan = rig.step();
     assert!(runs(&plan, other) && runs(&plan, base));

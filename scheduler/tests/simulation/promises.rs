@@ -53,9 +53,11 @@ impl Rig {
 
     pub(crate) fn finish(&mut self, plan: &StepPlan) {
         let samples = plan.sequences.iter().filter(|sequence| sequence.samples);
-        let result = |id| SequenceResult { id, token: Some(7), finished: false };
+        let result = |id| SequenceResult { id, token: 7, finished: false };
         let results: Vec<_> = samples.map(|sequence| result(sequence.id)).collect();
-        self.scheduler.update(Time(self.now), &results);
+        if !plan.sequences.is_empty() {
+            self.scheduler.update(Time(self.now), &results);
+        }
         self.scheduler.check_invariants();
     }
 
@@ -532,11 +534,56 @@ fn a_reused_plan_is_as_good_as_a_new_one_and_stops_growing() {
 
 #[test]
 #[should_panic(expected = "before update()")]
-fn a_step_cannot_be_planned_over_another() {
+fn no_step_is_planned_two_ahead_of_results() {
     let mut rig = Rig::new(small());
-    rig.submit(|new| new.max_tokens = 2);
+    rig.submit(|new| new.max_tokens = 9);
     rig.plan();
     rig.plan();
+    rig.plan();
+}
+
+#[test]
+#[should_panic(expected = "was to sample a token and has none")]
+fn a_sampled_token_cannot_be_left_out() {
+    let mut rig = Rig::new(small());
+    rig.submit(|new| new.max_tokens = 9);
+    rig.plan();
+    rig.scheduler.update(Time(rig.now), &[]);
+}
+
+#[test]
+#[should_panic(expected = "out of the plan's order")]
+fn a_token_cannot_come_for_who_samples_none() {
+    let mut rig = Rig::new(small());
+    let id = rig.submit(|new| new.prompt = tokens(40));
+    rig.plan();
+    rig.scheduler.update(Time(rig.now), &[SequenceResult { id, token: 7, finished: false }]);
+}
+
+#[test]
+fn a_step_planned_ahead_goes_on_from_tokens_to_come() {
+    let mut rig = Rig::new(SchedulerConfig { max_num_seqs: 2, ..small() });
+    let [long, short] = [9, 2].map(|max_tokens| rig.submit(|new| new.max_tokens = max_tokens));
+    let waiting = rig.submit(|_| ());
+    let planned = |plan: &StepPlan| -> Vec<_> {
+        plan.sequences.iter().map(|sequence| (sequence.id, sequence.start, sequence.rows, sequence.drawn)).collect()
+    };
+    let first = rig.plan();
+    assert_eq!(planned(&first), [(long, 0, 3, false), (short, 0, 3, false)]);
+    let second = rig.plan();
+    assert_eq!(planned(&second), [(long, 3, 1, true), (short, 3, 1, true)]);
+    assert_eq!(rig.scheduler.tokens(long), Some([1, 2, 3, 0, 0].as_slice()));
+    rig.finish(&first);
+    assert_eq!(rig.scheduler.tokens(long), Some([1, 2, 3, 7, 0].as_slice()));
+    // The short one has no row to come: its place is another's before its last token is known.
+    let third = rig.plan();
+    assert_eq!(planned(&third), [(long, 4, 1, true), (waiting, 0, 3, false)]);
+    assert_eq!(rig.scheduler.tokens(short), Some([1, 2, 3, 7, 0].as_slice()));
+    rig.finish(&second);
+    assert_eq!(rig.scheduler.tokens(short), None);
+    rig.finish(&third);
+    rig.drain();
+    assert_eq!(rig.scheduler.stats().pages_free, 64);
 }
 
 /// A tenant fills the batch with prompts of this length; another one, seen before, sends one of 8 tokens. The rows that this

@@ -3,7 +3,7 @@
 mod adapters;
 mod rates;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use openlora_scheduler::{
@@ -52,6 +52,8 @@ pub(crate) struct Traffic {
     pub(crate) aborts: f64,
     /// Share of requests with a deadline.
     pub(crate) deadlines: f64,
+    /// Chance per step that the next one is planned before its results come.
+    pub(crate) ahead: f64,
     pub(crate) prompt_max: usize,
     pub(crate) answer_max: usize,
 }
@@ -74,6 +76,10 @@ pub(crate) struct Totals {
     pub(crate) evictions: u64,
     /// Steps in which a tenant with an empty bucket waited.
     pub(crate) throttled: u64,
+    /// Sequences that went on from a token to come, those of them that it ended, and those preempted meanwhile.
+    pub(crate) drawn: u64,
+    pub(crate) ended_ahead: u64,
+    pub(crate) preempted_ahead: u64,
 }
 
 impl Totals {
@@ -91,6 +97,9 @@ impl Totals {
         self.loads += other.loads;
         self.evictions += other.evictions;
         self.throttled += other.throttled;
+        self.drawn += other.drawn;
+        self.ended_ahead += other.ended_ahead;
+        self.preempted_ahead += other.preempted_ahead;
     }
 }
 
@@ -100,6 +109,8 @@ struct Request {
     arrival: Time,
     /// Prompt and what was sampled so far.
     tokens: Vec<Token>,
+    /// Leading tokens that the scheduler was told.
+    told: usize,
     /// What a correct KV cache holds at each of `tokens`.
     kv: Vec<u64>,
     /// `None` while it waits.
@@ -117,6 +128,16 @@ impl Request {
 
     fn tokens_max(&self) -> usize {
         self.new.prompt.len() + self.new.max_tokens as usize
+    }
+
+    /// Whether it has rows to come and had some.
+    fn runs(&self) -> bool {
+        self.computed.is_some() && !self.ends()
+    }
+
+    /// Whether its last token is sampled.
+    fn ends(&self) -> bool {
+        self.tokens.len() == self.tokens_max()
     }
 
     fn push(&mut self, token: Token) {
@@ -147,6 +168,8 @@ pub(crate) struct World {
     now: Time,
     step: usize,
     plan: StepPlan,
+    /// What plans have sampled and the scheduler was not told: the device runs each plan at once.
+    withheld: VecDeque<Vec<SequenceResult>>,
     live: BTreeMap<SequenceId, Request>,
     device: Device,
     /// What each adapter name means now.
@@ -175,6 +198,7 @@ impl World {
             now: Time(0),
             step: 0,
             plan: StepPlan::default(),
+            withheld: VecDeque::new(),
             live: BTreeMap::new(),
             served: [Time(0); 3],
             submitted: 0,
@@ -250,6 +274,7 @@ impl World {
         (&plan.block_tables, &plan.preempted, &plan.expired).hash(&mut self.trace);
         (&plan.evicted, &plan.load_pages).hash(&mut self.trace);
         self.scheduler.check_invariants();
+        let results = self.compute(&plan);
 
         // Cancels and arrivals do not wait for the model.
         self.maybe_abort(true);
@@ -257,12 +282,20 @@ impl World {
             self.submit_any();
         }
         self.end_loads();
-        let mut results = self.compute(&plan);
         self.maybe_abort(true);
-        self.rng.shuffle(&mut results);
-        self.scheduler.update(self.now, &results);
-        self.apply(&plan, &results);
-        self.scheduler.check_invariants();
+        let ran = !plan.sequences.is_empty();
+        if ran {
+            self.withheld.push_back(results);
+        }
+        let ahead = usize::from(ran && self.rng.chance(self.traffic.ahead));
+        while self.withheld.len() > ahead {
+            let mut results = self.withheld.pop_front().expect("there are some");
+            // What was drawn for who is gone may be told or not.
+            results.retain(|result| self.live.contains_key(&result.id) || self.rng.chance(0.5));
+            self.scheduler.update(self.now, &results);
+            self.apply(&results);
+            self.scheduler.check_invariants();
+        }
         self.check_books();
         if plan.sequences.is_empty() && self.device.loading() == 0 && self.step > self.traffic.steps {
             self.pass_time(self.now.after_micros(IDLE_MICROS));
@@ -296,12 +329,14 @@ impl World {
                     new,
                     arrival: self.now,
                     tokens: Vec::new(),
+                    told: 0,
                     kv: Vec::new(),
                     computed: None,
                     admission: None,
                     left_out: 0,
                 };
                 request.new.prompt.clone().into_iter().for_each(|token| request.push(token));
+                request.told = request.tokens.len();
                 self.note_waiting(request.new.priority);
                 self.live.insert(request.new.id, request);
             }
@@ -365,7 +400,7 @@ impl World {
         self.check_ended(plan);
         self.check_turns(plan);
         self.check_rates(plan);
-        let running = self.live.values().filter(|request| request.computed.is_some());
+        let running = self.live.values().filter(|request| request.runs());
         let leased = running.filter_map(Request::generation).collect();
         self.device.follow(plan, &leased, self.step, &mut self.rng);
         assert!(self.device.loading() <= self.config.max_loading, "more adapters are loading than max_loading");
@@ -384,8 +419,8 @@ impl World {
             plan.sequences.is_sorted_by_key(|sequence| sequence.generation),
             "rows of an adapter are not neighbours"
         );
-        let running = self.live.values().filter(|request| request.computed.is_some()).count();
-        for (id, request) in self.live.iter_mut().filter(|(_, request)| request.computed.is_some()) {
+        let running = self.live.values().filter(|request| request.runs()).count();
+        for (id, request) in self.live.iter_mut().filter(|(_, request)| request.runs()) {
             let left_out = !scheduled.contains(id);
             request.left_out = if left_out { request.left_out + 1 } else { 0 };
             assert!(request.left_out <= LEFT_OUT_MAX, "{id} was left out of {} steps in a row", request.left_out);
@@ -398,14 +433,16 @@ impl World {
         let fits = generations.len() <= 1 || pages <= self.config.adapter_pages_per_step;
         assert!(fits, "{pages} pages of adapters are more than adapter_pages_per_step");
         assert!(
-            rows > 0 || self.device.loading() > 0 || self.live.values().all(|request| self.is_throttled(&request.new)),
+            (rows > 0 || self.device.loading() > 0 || !self.withheld.is_empty())
+                || self.live.values().all(|request| self.is_throttled(&request.new)),
             "requests are live and nothing is computed or loaded"
         );
     }
 
     /// Expired and preempted sequences.
     fn check_ended(&mut self, plan: &StepPlan) {
-        let due = |request: &Request| request.new.deadline.is_some_and(|deadline| deadline <= self.now);
+        // What has no row to come is not late.
+        let due = |request: &Request| request.new.deadline.is_some_and(|at| at <= self.now) && !request.ends();
         let due: BTreeSet<_> = self.live.iter().filter(|(_, request)| due(request)).map(|(id, _)| *id).collect();
         assert_eq!(due, plan.expired.iter().copied().collect(), "expired are those whose deadline passed");
         for id in due {
@@ -415,7 +452,7 @@ impl World {
         let (now, starvation) = (self.now, self.config.starvation_micros);
         // Whoever was admitted first of the highest class; a plan does not tell who of one step was first.
         let rank = |request: &Request| {
-            let admission = request.admission?;
+            let admission = request.admission.filter(|_| request.runs())?;
             request.computed.map(|_| (std::cmp::Reverse(request.standing(now, starvation)), admission))
         };
         let best = self.live.values().filter_map(rank).min();
@@ -427,8 +464,10 @@ impl World {
         for id in &plan.preempted {
             self.note_waiting(self.live.get(id).expect("a preempted sequence is live").new.priority);
             let request = self.live.get_mut(id).expect("a preempted sequence is live");
-            request.computed.take().expect("a preempted sequence ran");
+            assert!(request.runs(), "a preempted sequence runs");
+            request.computed = None;
             self.totals.preempted += 1;
+            self.totals.preempted_ahead += u64::from(request.told < request.tokens.len());
         }
     }
 
@@ -490,6 +529,9 @@ impl World {
         let end = sequence.start + sequence.rows;
         assert!(sequence.rows > 0 && end <= request.tokens.len(), "{id} has rows {}..{end}", sequence.start);
         assert_eq!(sequence.samples, end == request.tokens.len(), "{id} samples from its last token alone");
+        assert_eq!(sequence.drawn, end > request.told, "{id} goes on from a token to come");
+        assert!(end <= request.told + 1, "{id} has rows of two tokens to come");
+        self.totals.drawn += u64::from(sequence.drawn);
         assert!(alone || sequence.rows <= self.config.long_prefill_chunk, "{id} takes more than long_prefill_chunk");
         assert_eq!(table.len(), end.div_ceil(block_size), "{id} has blocks for {end} tokens");
         let distinct: BTreeSet<_> = table.iter().collect();
@@ -503,7 +545,6 @@ impl World {
     // ---- the model
 
     /// Writes all rows, as a layer does, then reads: each row's whole past must be what its own adapter and tokens wrote.
-    /// Rows of sequences aborted since the plan are computed too, as an engine that is already at it does.
     fn compute(&mut self, plan: &StepPlan) -> Vec<SequenceResult> {
         let block_size = self.config.block_size;
         let slot = |table: &[u32], at: usize| table[at / block_size] as usize * block_size + at % block_size;
@@ -514,56 +555,41 @@ impl World {
             for at in sequence.start..sequence.start + sequence.rows {
                 let block = table[at / block_size] as usize;
                 assert_eq!(holders[block], 1, "{} writes into block {block}, which others read", sequence.id);
-                // An aborted sequence's rows are still written; nobody may ever read them.
-                self.device.words[slot(table, at)] =
-                    self.live.get(&sequence.id).map_or(u64::MAX, |request| request.kv[at]);
+                self.device.words[slot(table, at)] = self.live[&sequence.id].kv[at];
             }
         }
         let generations: BTreeSet<_> = plan.sequences.iter().filter_map(|sequence| sequence.generation).collect();
         generations.iter().for_each(|generation| self.device.check(generation));
         let mut results = Vec::new();
         for sequence in &plan.sequences {
-            let Some(request) = self.live.get(&sequence.id) else {
-                results.push(SequenceResult { id: sequence.id, token: sequence.samples.then_some(0), finished: false });
-                continue;
-            };
+            let request = self.live.get_mut(&sequence.id).expect("a scheduled sequence is live");
             let table = plan.table(sequence);
             let end = sequence.start + sequence.rows;
             for at in 0..end {
                 let read = self.device.words[slot(table, at)];
                 assert_eq!(read, request.kv[at], "{} reads foreign or missing KV at position {at}", sequence.id);
             }
+            request.computed = Some(end);
             if sequence.samples {
                 let draw = mix(request.kv[end - 1]);
-                let result = SequenceResult {
-                    id: sequence.id,
-                    token: Some((draw % VOCAB) as Token),
-                    finished: mix(draw).is_multiple_of(16),
-                };
-                results.push(result);
-            } else if self.rng.chance(0.5) {
-                // Rows that sample nothing need no result, and may end the sequence (a fault on the way).
-                results.push(SequenceResult { id: sequence.id, token: None, finished: self.rng.chance(0.01) });
+                let token = (draw % VOCAB) as Token;
+                results.push(SequenceResult { id: sequence.id, token, finished: mix(draw).is_multiple_of(16) });
+                request.push(token);
             }
         }
         results
     }
 
-    fn apply(&mut self, plan: &StepPlan, results: &[SequenceResult]) {
-        for sequence in &plan.sequences {
-            if let Some(request) = self.live.get_mut(&sequence.id) {
-                request.computed = Some(sequence.start + sequence.rows);
-            }
-        }
+    /// What the scheduler was told.
+    fn apply(&mut self, results: &[SequenceResult]) {
         for result in results {
             let Some(request) = self.live.get_mut(&result.id) else { continue };
-            if let Some(token) = result.token {
-                request.push(token);
-                if let Some((_, balance)) = self.buckets.get_mut(&request.new.tenant) {
-                    *balance -= 1_000_000;
-                }
+            request.told += 1;
+            if let Some((_, balance)) = self.buckets.get_mut(&request.new.tenant) {
+                *balance -= 1_000_000;
             }
-            if result.finished || request.tokens.len() == request.tokens_max() {
+            if result.finished || request.told == request.tokens_max() {
+                self.totals.ended_ahead += u64::from(request.told < request.tokens.len());
                 self.live.remove(&result.id);
                 self.totals.finished += 1;
             }
@@ -574,14 +600,17 @@ impl World {
 
     fn check_books(&mut self) {
         let stats = self.scheduler.stats();
-        let running = self.live.values().filter(|request| request.computed.is_some()).count();
-        assert_eq!((stats.running, stats.waiting), (running, self.live.len() - running), "running and waiting");
+        let running = self.live.values().filter(|request| request.runs()).count();
+        let waiting = self.live.values().filter(|request| request.computed.is_none()).count();
+        assert_eq!((stats.running, stats.waiting), (running, waiting), "running and waiting");
         let adapters = (stats.adapters_loading, stats.adapters_resident, stats.adapters_pinned, stats.adapter_pages);
         let Device { pinned, .. } = &self.device;
         let expected = (self.device.loading(), self.device.resident(), pinned.len(), self.device.pages());
         assert_eq!(adapters, expected, "adapters loading, resident and pinned, and their pages");
         for (id, request) in &self.live {
-            assert_eq!(self.scheduler.tokens(*id), Some(request.tokens.as_slice()), "tokens of {id}");
+            let mut tokens = request.tokens.clone();
+            tokens[request.told..].fill(0);
+            assert_eq!(self.scheduler.tokens(*id), Some(tokens.as_slice()), "tokens of {id}");
         }
     }
 }

@@ -64,7 +64,7 @@ impl World {
             let unpinned = request.new.adapter.filter(|need| !self.device.pinned.contains(&need.generation));
             blocks(request) + unpinned.filter(|need| Some(need.generation) != own).map_or(0, |need| need.pages)
         };
-        let live = self.live.values().map(alone).max().unwrap_or(0);
+        let live = self.live.values().filter(|request| !request.ends()).map(alone).max().unwrap_or(0);
         let pinned = self.device.pinned_pages(own.as_ref());
         match self.scheduler.pin(need) {
             Ok(()) => {
@@ -90,7 +90,7 @@ impl World {
             self.device.drop_adapter(&generation);
             self.device.pinned.remove(&generation);
             let ended = self.scheduler.adapter_failed(generation);
-            let waits = |request: &Request| request.generation() == Some(generation);
+            let waits = |request: &Request| request.generation() == Some(generation) && request.computed.is_none();
             let waiting: Vec<_> = self.live.iter().filter(|(_, request)| waits(request)).map(|(id, _)| *id).collect();
             assert_eq!(ended, waiting, "a failed load ends who waits for it");
             self.live.retain(|id, _| !ended.contains(id));
