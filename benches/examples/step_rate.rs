@@ -96,7 +96,8 @@ fn main() -> Result<()> {
             .map(|i| SequenceRows { row: i * arguments.new, rows: arguments.new, table: i * blocks, blocks })
             .collect();
         let tables: Vec<u32> = (0..(sequences * blocks) as u32).collect();
-        let step = StepRows { tokens: &tokens, positions: &positions, sequences: &spans, block_tables: &tables };
+        let step =
+            StepRows { tokens: &tokens, drawn: &[], positions: &positions, sequences: &spans, block_tables: &tables };
         let wanted: Vec<u32> = (0..sequences).map(|i| ((i + 1) * arguments.new - 1) as u32).collect();
         let logit_rows: Vec<u32> = (0..sequences as u32).collect();
         let draws: Vec<_> = (0..sequences)

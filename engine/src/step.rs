@@ -485,6 +485,7 @@ impl<B: Backend> StepThread<B> {
         self.lay_out(plan, &mut buffers);
         let rows = StepRows {
             tokens: &buffers.tokens,
+            drawn: &[],
             positions: &buffers.positions,
             sequences: &buffers.rows,
             block_tables: &plan.block_tables,

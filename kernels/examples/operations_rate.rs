@@ -124,7 +124,8 @@ fn attention_rate(machine: &Machine, sequences: usize, rows: usize, context: usi
     let parts: Vec<SequenceRows> =
         (0..sequences).map(|s| SequenceRows { row: s * rows, rows, table: s * blocks, blocks }).collect();
     let tokens = vec![0; positions.len()];
-    let step = StepRows { tokens: &tokens, positions: &positions, sequences: &parts, block_tables: &tables };
+    let step =
+        StepRows { tokens: &tokens, drawn: &[], positions: &positions, sequences: &parts, block_tables: &tables };
     let half = SPEC.head_dim / 2;
     let rope = RopeTable { rotary_dim: 64, cos: vec![0.6; context * half], sin: vec![0.8; context * half] };
     let mut qkv = tensor(positions.len(), HIDDEN + 2 * KV);

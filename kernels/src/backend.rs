@@ -3,7 +3,7 @@ use openlora_types::{AdapterSizes, AdapterWeights, SamplingParams, Token, TokenL
 use crate::{BlockFormat, KernelError, LinearSpec, TensorSource};
 
 /// A device. Operations are coarse so that each backend can fuse what it likes, and all of them enqueue in order: results
-/// are visible once [`Backend::sample`] returns.
+/// are visible once [`Backend::sample`] or [`Backend::collect_sample`] returns.
 ///
 /// Tensors are row-major `[rows, width]` activations allocated once for the largest step; an operation sets the number
 /// of rows it wrote. Every operation keeps the crate's invariant that a row does not depend on its neighbours.
@@ -253,10 +253,14 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<(), KernelError>;
 
     /// The first half of [`Backend::sample`]: enqueues it where operations are [asynchronous](Backend::is_asynchronous), else does all
-    /// of it. [`Backend::collect_sample`] follows, with the same `out`, before anything is sampled again.
+    /// of it, into `out`. Each is collected by [`Backend::collect_sample`]. Two may be enqueued and not collected where operations are
+    /// asynchronous, so that a step can be enqueued behind one that is not done yet ([`StepRows::drawn`]); elsewhere one.
     ///
     /// # Errors
     /// A device failure.
+    ///
+    /// # Panics
+    /// When two have been enqueued and not collected.
     fn enqueue_sample(
         &self,
         logits: &mut Self::Tensor,
@@ -266,10 +270,14 @@ pub trait Backend: Send + Sync + 'static {
         self.sample(logits, rows, out)
     }
 
-    /// The second half of [`Backend::sample`]: waits for the results.
+    /// The second half of [`Backend::sample`]: waits for the oldest sampling that has not been collected, not for what was enqueued
+    /// after it, and fills `out`. Where operations are not asynchronous, `out` is the one that [`Backend::enqueue_sample`] had.
     ///
     /// # Errors
     /// A device failure.
+    ///
+    /// # Panics
+    /// When there is none.
     fn collect_sample(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
         let _ = out;
         Ok(())
@@ -351,12 +359,24 @@ pub struct RopeTable {
 pub struct StepRows<'a> {
     /// Token of each row.
     pub tokens: &'a [Token],
+    /// The rows whose token is not known to the host yet, in ascending order: none but where operations are
+    /// [asynchronous](Backend::is_asynchronous), and only in a pass of [`Backend::forward`].
+    pub drawn: &'a [DrawnToken],
     /// Position of each row in its sequence, from 0.
     pub positions: &'a [u32],
     /// The sequences, covering all rows in order.
     pub sequences: &'a [SequenceRows],
     /// All block tables, one after the other: page numbers.
     pub block_tables: &'a [u32],
+}
+
+/// A row whose token is not known to the host yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DrawnToken {
+    /// Row of the step; its entry in `tokens` means nothing, 0 there.
+    pub row: u32,
+    /// Row of the sampling that was enqueued last, whose token it takes.
+    pub sample: u32,
 }
 
 /// One sequence's part of a step.

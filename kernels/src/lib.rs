@@ -19,8 +19,8 @@ pub mod reference;
 mod tensor_source;
 
 pub use backend::{
-    AttentionSpec, Backend, ForwardScope, LayerAttention, LoraRows, LoraSegment, Numbers, RopeTable, SampleRow,
-    SampledRow, SequenceRows, StepRows,
+    AttentionSpec, Backend, DrawnToken, ForwardScope, LayerAttention, LoraRows, LoraSegment, Numbers, RopeTable,
+    SampleRow, SampledRow, SequenceRows, StepRows,
 };
 pub use error::KernelError;
 pub use tensor_source::{BlockFormat, LinearSpec, Precision, SiteSpan, TensorSource};

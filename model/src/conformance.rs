@@ -179,7 +179,8 @@ impl<B: Backend> Host<B> {
             tables.extend(sequence.blocks);
             adapters.extend(std::iter::repeat_n(sequence.adapter, rows));
         }
-        let step = StepRows { tokens: &tokens, positions: &positions, sequences: &spans, block_tables: &tables };
+        let step =
+            StepRows { tokens: &tokens, drawn: &[], positions: &positions, sequences: &spans, block_tables: &tables };
         let segments = segments(&adapters);
         let lora = LoraRows { segments: &segments };
         let adapters: Vec<_> = wanted.iter().map(|row| adapters[*row as usize]).collect();

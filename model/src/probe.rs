@@ -162,6 +162,7 @@ impl<B: Backend> Side<B> {
         let sequence = SequenceRows { row: 0, rows, table: 0, blocks };
         let step = StepRows {
             tokens: prompt,
+            drawn: &[],
             positions: &all,
             sequences: std::slice::from_ref(&sequence),
             block_tables: &table,

@@ -27,8 +27,13 @@ impl<B: Backend> Model<B> {
         let mut block_tables: Vec<u32> = (0..blocks as u32).collect();
         block_tables.resize(blocks.max(table_entries), 0);
         let tokens = vec![0; rows];
-        let step =
-            StepRows { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: &block_tables };
+        let step = StepRows {
+            tokens: &tokens,
+            drawn: &[],
+            positions: &positions,
+            sequences: &sequences,
+            block_tables: &block_tables,
+        };
         let wanted: Vec<u32> = (0..rows.min(act.logit_rows_max()) as u32).collect();
         let base = |rows| [LoraSegment { row: 0, rows, adapter: None }];
         let (all, some) = (base(rows), base(wanted.len()));
@@ -57,6 +62,7 @@ impl<B: Backend> Model<B> {
         for &rows in &passes {
             let step = StepRows {
                 tokens: &zeros[..rows],
+                drawn: &[],
                 positions: &zeros[..rows],
                 sequences: &sequences[..rows],
                 block_tables: &[0],

@@ -198,7 +198,8 @@ impl<D: Device> Rig<D> {
             (0..sequences).map(|i| SequenceRows { row: i * rows, rows, table: i * blocks, blocks }).collect();
         let tables: Vec<u32> =
             (0..sequences * blocks).map(|i| ((first + i / blocks) * stride + i % blocks) as u32).collect();
-        let step = StepRows { tokens: &tokens, positions: &positions, sequences: &spans, block_tables: &tables };
+        let step =
+            StepRows { tokens: &tokens, drawn: &[], positions: &positions, sequences: &spans, block_tables: &tables };
         let of_rows: Vec<_> = adapters.iter().flat_map(|adapter| std::iter::repeat_n(*adapter, rows)).collect();
         let (all, ends) = (segments(&of_rows), segments(adapters));
         let wanted: Vec<u32> = (0..sequences).map(|i| ((i + 1) * rows - 1) as u32).collect();
@@ -275,7 +276,8 @@ impl<D: Device> Rig<D> {
         let tokens: Vec<u32> = (0..rows as u32).collect();
         let positions = vec![0; rows];
         let spans: Vec<_> = (0..rows).map(|row| SequenceRows { row, rows: 1, table: row, blocks: 1 }).collect();
-        let step = StepRows { tokens: &tokens, positions: &positions, sequences: &spans, block_tables: &tokens };
+        let step =
+            StepRows { tokens: &tokens, drawn: &[], positions: &positions, sequences: &spans, block_tables: &tokens };
         let all = segments(&vec![adapter; rows]);
         let lora = LoraRows { segments: &all };
         Ok(self.model.forward(&mut self.act, &step, &lora, (&tokens, &lora), &mut self.pool)?)

@@ -170,7 +170,13 @@ fn attention_case<B: Backend>(
         reference::rope::rope(spec, &positions, &table, None, &mut rotated);
         let spans: Vec<SequenceRows> = sequences.iter().map(|(_, span)| *span).collect();
         let tokens = vec![0; row];
-        let step = StepRows { tokens: &tokens, positions: &positions, sequences: &spans, block_tables: &block_tables };
+        let step = StepRows {
+            tokens: &tokens,
+            drawn: &[],
+            positions: &positions,
+            sequences: &spans,
+            block_tables: &block_tables,
+        };
         backend.rope_and_store(spec, &step, layer, &mut qkv, &mut pool).expect("stored");
         let out_width = spec.heads * head_dim;
         let mut out = upload(backend, &vec![f32::NAN; row * out_width], out_width);

@@ -91,8 +91,13 @@ impl<'a, B: Backend> World<'a, B> {
                 let positions: Vec<u32> = rows.clone().map(|position| position as u32).collect();
                 let tokens = vec![0; rows.len()];
                 let sequences = [SequenceRows { row: 0, rows: rows.len(), table: 0, blocks: table.len() }];
-                let step =
-                    StepRows { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: table };
+                let step = StepRows {
+                    tokens: &tokens,
+                    drawn: &[],
+                    positions: &positions,
+                    sequences: &sequences,
+                    block_tables: table,
+                };
                 self.backend.rope_and_store(&SPEC, &step, layer, &mut qkv, pool)?;
                 let mut out = self.poisoned(rows.len(), SPEC.heads * SPEC.head_dim);
                 self.backend.attention(&SPEC, &step, layer, &qkv, pool, &mut out)?;

@@ -105,6 +105,11 @@ fn check_adapters(lora: &LoraRows<'_, CpuAdapter>) -> Result<(), KernelError> {
     lora.segments.iter().filter_map(|segment| segment.adapter).try_for_each(CpuAdapter::check)
 }
 
+/// Nothing is enqueued here, so every token is known.
+fn check_tokens(step: &StepRows<'_>) {
+    assert!(step.drawn.is_empty(), "{} drawn tokens, where each sampling is done when it returns", step.drawn.len());
+}
+
 impl Backend for Cpu {
     type Linear = CpuLinear;
     type Embedding = CpuEmbedding;
@@ -254,6 +259,7 @@ impl Backend for Cpu {
         qkv: &mut CpuTensor,
         pages: &mut CpuPages,
     ) -> Result<(), KernelError> {
+        check_tokens(step);
         pages.check(step.block_tables)?;
         rope::rope_and_store(&self.pool, self.isa, spec, step, layer, qkv, pages);
         self.pool.check()
@@ -268,6 +274,7 @@ impl Backend for Cpu {
         pages: &CpuPages,
         out: &mut CpuTensor,
     ) -> Result<(), KernelError> {
+        check_tokens(step);
         pages.check(step.block_tables)?;
         let attend = Attend { spec, step, layer };
         attention::attention(&self.pool, self.isa, attend, qkv, pages, out, &mut self.scratch().attention);

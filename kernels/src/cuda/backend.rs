@@ -252,6 +252,7 @@ impl<D: Device> State<D> {
 
     /// Writes a step, if it is not there already.
     fn write(&mut self, device: &Arc<D>, step: &StepRows<'_>, segments: &[Segment]) -> Result<(), KernelError> {
+        assert!(step.drawn.is_empty(), "drawn tokens");
         self.make_room(device, step.tokens.len(), step.block_tables.len())?;
         self.forget_plans();
         self.step.as_mut().expect("just made").write(step, segments)?;
@@ -304,7 +305,7 @@ impl<D: Device> State<D> {
         let runs = runs(&segments, lora);
         if runs != self.planned {
             let tokens = vec![0; rows];
-            let step = StepRows { tokens: &tokens, positions: &tokens, sequences: &[], block_tables: &[] };
+            let step = StepRows { tokens: &tokens, drawn: &[], positions: &tokens, sequences: &[], block_tables: &[] };
             let others = self.others.as_mut().expect("made with the step");
             others.write(&step, &segments)?;
             let view = others.view();
@@ -523,7 +524,7 @@ impl<D: Device> Backend for Cuda<D> {
         };
         if state.pass == Pass::None {
             let positions = vec![0; tokens.len()];
-            let step = StepRows { tokens, positions: &positions, sequences: &[], block_tables: &[] };
+            let step = StepRows { tokens, drawn: &[], positions: &positions, sequences: &[], block_tables: &[] };
             state.write_alone(&self.device, &step)?;
         }
         let view = state.view();

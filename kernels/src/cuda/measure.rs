@@ -289,7 +289,13 @@ impl<D: Device> Measure<D> {
         let tokens: Vec<u32> = (0..sequences * rows).map(|row| (row * 7919 % self.shape.vocab) as u32).collect();
         let positions: Vec<u32> = (0..sequences * rows).map(|row| (context - rows + row % rows) as u32).collect();
         let block_tables: Vec<u32> = (0..(sequences * blocks) as u32).collect();
-        let step = StepRows { tokens: &tokens, positions: &positions, sequences: &spans, block_tables: &block_tables };
+        let step = StepRows {
+            tokens: &tokens,
+            drawn: &[],
+            positions: &positions,
+            sequences: &spans,
+            block_tables: &block_tables,
+        };
         memory.write(&step, &[])?;
         Ok(memory)
     }

@@ -218,7 +218,13 @@ impl Launch {
             }
         }
         let tokens = vec![0; positions.len()];
-        let step = StepRows { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: &table };
+        let step = StepRows {
+            tokens: &tokens,
+            drawn: &[],
+            positions: &positions,
+            sequences: &sequences,
+            block_tables: &table,
+        };
         self.step.write(&step, &[]).expect("step");
         self.tensors.0.set_rows(positions.len());
         self.tensors.1.set_rows(positions.len());

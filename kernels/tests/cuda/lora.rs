@@ -299,7 +299,7 @@ impl<'a> Loaded<'a> {
 fn write_step<D: Device>(step: &mut StepMemory<D>, tokens: &[u32], segments: &[openlora_kernels::cuda::step::Segment]) {
     let sequences = [SequenceRows { row: 0, rows: tokens.len(), table: 0, blocks: 1 }];
     let positions: Vec<u32> = (0..tokens.len() as u32).collect();
-    let rows = StepRows { tokens, positions: &positions, sequences: &sequences, block_tables: &[0] };
+    let rows = StepRows { tokens, drawn: &[], positions: &positions, sequences: &sequences, block_tables: &[0] };
     step.write(&rows, segments).expect("written");
 }
 

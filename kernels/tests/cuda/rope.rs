@@ -82,7 +82,13 @@ impl Step {
             row += rows;
         }
         let tokens = vec![0; row];
-        let step = StepRows { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: &entries };
+        let step = StepRows {
+            tokens: &tokens,
+            drawn: &[],
+            positions: &positions,
+            sequences: &sequences,
+            block_tables: &entries,
+        };
         let limits = StepLimits { rows: row + 5, table_entries: entries.len() };
         let mut memory = StepMemory::new(&device, limits).expect("memory");
         memory.write(&step, &[]).expect("step");

@@ -107,7 +107,7 @@ fn step_of(device: &Arc<Emulated>, tokens: &[u32]) -> StepMemory<Emulated> {
     let mut step = StepMemory::new(device, limits).expect("memory");
     let positions: Vec<u32> = (0..tokens.len() as u32).collect();
     let sequences = [SequenceRows { row: 0, rows: tokens.len(), table: 0, blocks: 0 }];
-    step.write(&StepRows { tokens, positions: &positions, sequences: &sequences, block_tables: &[] }, &[])
+    step.write(&StepRows { tokens, drawn: &[], positions: &positions, sequences: &sequences, block_tables: &[] }, &[])
         .expect("write");
     step
 }
@@ -320,7 +320,13 @@ fn a_recorded_graph_serves_steps_with_fewer_rows() {
             let positions: Vec<u32> = (0..rows).collect();
             let sequences = [SequenceRows { row: 0, rows: rows as usize, table: 0, blocks: 0 }];
             step.write(
-                &StepRows { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: &[] },
+                &StepRows {
+                    tokens: &tokens,
+                    drawn: &[],
+                    positions: &positions,
+                    sequences: &sequences,
+                    block_tables: &[],
+                },
                 &[],
             )
             .expect("write");

@@ -116,8 +116,13 @@ impl<'a> Run<'a> {
             self.done[sequence] += rows;
         }
         let tokens = vec![0; positions.len()];
-        let step =
-            StepRows { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: &block_tables };
+        let step = StepRows {
+            tokens: &tokens,
+            drawn: &[],
+            positions: &positions,
+            sequences: &sequences,
+            block_tables: &block_tables,
+        };
         let mut qkv = CpuTensor::from_values(&values, width).expect("memory");
         let layer = self.world.layer(self.world.qk_norm.as_ref());
         rope_and_store(self.pool, self.isa, &self.world.spec, &step, layer, &mut qkv, &mut self.kv);

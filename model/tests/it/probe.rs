@@ -46,7 +46,8 @@ fn step(model: &Model<Cpu>) -> Vec<u32> {
     let mut pages = backend.new_pages(spec, model.layers(), 1).expect("memory");
     let sequences = [SequenceRows { row: 0, rows: 4, table: 0, blocks: 1 }];
     let (tokens, positions) = ([5, 9, 2, 7], [0, 1, 2, 3]);
-    let rows = StepRows { tokens: &tokens, positions: &positions, sequences: &sequences, block_tables: &[0] };
+    let rows =
+        StepRows { tokens: &tokens, drawn: &[], positions: &positions, sequences: &sequences, block_tables: &[0] };
     let none = LoraRows { segments: &[] };
     model.forward(&mut act, &rows, &none, (&[3], &none), &mut pages).expect("fits");
     let logits = model.logits(&mut act, &[0], &none).expect("fits");

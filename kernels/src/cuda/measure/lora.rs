@@ -87,7 +87,10 @@ impl<D: Device> Measure<D> {
         let segments = plan.segments(&LoraRows { segments: &segments })?;
         let mut step = StepMemory::new(device, StepLimits { rows, table_entries: 1 })?;
         let tokens = vec![0; rows];
-        step.write(&StepRows { tokens: &tokens, positions: &tokens, sequences: &[], block_tables: &[] }, &segments)?;
+        step.write(
+            &StepRows { tokens: &tokens, drawn: &[], positions: &tokens, sequences: &[], block_tables: &[] },
+            &segments,
+        )?;
 
         let (mut factors, mut flops) = ([0.0; 2], [0.0; 2]);
         for site in &weights.sites {
