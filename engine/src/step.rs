@@ -4,24 +4,26 @@
 //! tells the readers and tells the scheduler what came of it. In steady state a step allocates nothing (but for the
 //! alternatives of requests that ask for some): its buffers live in [`Buffers`] and keep their capacity.
 //!
-//! On a device that works by itself, readers are told while the next step runs there:
+//! On a device that works by itself the next step is planned and enqueued while it is at this one, so that it never waits for this
+//! thread. Rows whose tokens this step draws take them on the device:
 //!
 //! ```text
-//! device                          step n                                    step n + 1
-//! step thread   plan n, enqueue n | attend: send n - 1, take in | collect n, plan n + 1, enqueue n + 1 | attend: send n, take in | …
+//! device          step n                                     | step n + 1
+//! step thread   … plan n + 1, enqueue n + 1, wait for n's tokens | attend: send n, take in | plan n + 2, enqueue n + 2, …
 //! ```
 //!
-//! Between collecting a step's tokens and enqueuing the next the device waits, so nothing is done there that can be done elsewhere. On
-//! the CPU, whose step is over when it is enqueued, tokens go out at once.
+//! A sample that ends with n's token then has a row in n + 1 for nothing. Where a draw depends on which tokens came before it
+//! (penalties), the step behind it is planned when they are known. On the CPU, whose step is over when it is enqueued, tokens go out at
+//! once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use openlora_adapters::Lease;
-use openlora_kernels::{Backend, LoraRows, LoraSegment, SampleRow, SampledRow, SequenceRows, StepRows};
+use openlora_kernels::{Backend, DrawnToken, LoraRows, LoraSegment, SampleRow, SampledRow, SequenceRows, StepRows};
 use openlora_model::{Activations, Model, ModelError};
 use openlora_scheduler::{
     AdapterNeed, NewSequence, Rate, ScheduledSequence, Scheduler, SequenceResult, StepPlan, SubmitError,
@@ -72,6 +74,8 @@ pub(crate) struct StepThread<B: Backend> {
     next_key: u64,
     plan: StepPlan,
     buffers: Buffers,
+    /// Steps that are enqueued and whose results are not collected, the older one first: at most two, and one between turns.
+    enqueued: VecDeque<Enqueued>,
     /// What steps have made and readers have not been sent yet: at most one step's.
     unsent: Vec<Unsent>,
     totals: Totals,
@@ -111,6 +115,18 @@ struct Sequence {
     index: u32,
     /// Whether it has had rows; recomputation after preemption finds its own blocks in the prefix cache.
     started: bool,
+    /// Tokens that were drawn and collected.
+    generated: usize,
+    /// Its row in the last step's sampling.
+    sample_row: u32,
+}
+
+/// A step whose results are to be collected.
+struct Enqueued {
+    /// What they are of.
+    rows: Vec<LogitRow>,
+    /// Whether the next step can be enqueued before they are known.
+    can_be_outrun: bool,
 }
 
 #[derive(Default)]
@@ -127,6 +143,7 @@ struct Totals {
 #[derive(Default)]
 struct Buffers {
     tokens: Vec<Token>,
+    drawn: Vec<DrawnToken>,
     positions: Vec<u32>,
     rows: Vec<SequenceRows>,
     logits: Vec<LogitRow>,
@@ -144,8 +161,8 @@ struct Buffers {
 
 impl Buffers {
     /// Asks for the logits of `row` of the step.
-    fn want(&mut self, row: usize, planned: usize, score: Option<Token>) {
-        self.logits.push(LogitRow { row: self.wanted.len() as u32, planned, score });
+    fn want(&mut self, row: usize, (planned, id): (usize, SequenceId), score: Option<Token>) {
+        self.logits.push(LogitRow { row: self.wanted.len() as u32, planned, id, score });
         self.wanted.push(row as u32);
     }
 }
@@ -155,8 +172,9 @@ impl Buffers {
 struct LogitRow {
     /// Place among the step's wanted rows.
     row: u32,
-    /// Index into the plan's sequences.
+    /// Index into the plan's sequences, and which one that is.
     planned: usize,
+    id: SequenceId,
     /// The prompt token to score; `None` draws.
     score: Option<Token>,
 }
@@ -165,7 +183,7 @@ struct LogitRow {
 /// their channels, the server through the death notice.
 pub(crate) fn run<B: Backend>(mut state: StepThread<B>, died: &watch::Sender<Option<String>>) {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        let outcome = state.run();
+        let outcome = state.run().and_then(|()| state.collect_all().map_err(|error| error.to_string()));
         // What was made before is the readers'.
         state.send_results();
         outcome
@@ -213,6 +231,7 @@ impl<B: Backend> StepThread<B> {
             next_key: 0,
             plan: StepPlan::default(),
             buffers: Buffers::default(),
+            enqueued: VecDeque::with_capacity(2),
             unsent: Vec::new(),
             totals: Totals::default(),
             lost: None,
@@ -253,7 +272,7 @@ impl<B: Backend> StepThread<B> {
     }
 
     fn has_nothing_to_do(&self) -> bool {
-        self.loading == 0 && self.scheduler.is_idle()
+        self.loading == 0 && self.scheduler.is_idle() && self.enqueued.is_empty()
     }
 
     /// Waits for a command where there is nothing else to do. False when all handles are gone.
@@ -278,14 +297,6 @@ impl<B: Backend> StepThread<B> {
             self.settle(loaded);
         }
         self.reap();
-    }
-
-    /// While the device works.
-    fn attend_meanwhile(&mut self) {
-        if self.overlaps {
-            self.attend();
-            self.publish();
-        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -403,7 +414,8 @@ impl<B: Backend> StepThread<B> {
                 return;
             }
             samples.push(id);
-            self.sequences.insert(id, Sequence { request: key, index, started: false });
+            let sequence = Sequence { request: key, index, started: false, generated: 0, sample_row: 0 };
+            self.sequences.insert(id, sequence);
         }
         let mut stops = params.stop_tokens.clone();
         if !params.ignore_eos {
@@ -452,40 +464,46 @@ impl<B: Backend> StepThread<B> {
         self.buffers.gone = gone;
     }
 
-    /// One step. False when the scheduler had nothing to run.
+    /// One turn: enqueues the next step and collects the one before it. False when there was neither.
     fn step(&mut self) -> Result<bool, ModelError> {
+        if self.enqueued.iter().any(|step| !step.can_be_outrun) {
+            self.collect_all()?;
+        }
         let now = self.now();
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.schedule_into(now, &mut plan);
-        if !plan.expired.is_empty() {
-            // What they have is theirs.
-            self.send_results();
-        }
         for id in plan.expired.drain(..) {
             if let Some(sequence) = self.sequences.get(&id) {
-                self.fail(sequence.request, EngineError::DeadlineExceeded);
+                self.unsent.push(Unsent::Expired { key: sequence.request });
             }
         }
         self.move_adapters(&plan)?;
         let worked = !plan.sequences.is_empty();
         if worked {
-            self.execute(&plan)?;
-            let results = std::mem::take(&mut self.buffers.results);
-            self.scheduler.update(self.now(), &results);
-            self.buffers.results = results;
+            self.enqueue(&plan)?;
             self.totals.steps += 1;
         }
         self.plan = plan;
-        Ok(worked)
+        if !worked || !self.overlaps {
+            let collected = !self.enqueued.is_empty();
+            self.collect_all()?;
+            return Ok(worked || collected);
+        }
+        while self.enqueued.len() > 1 {
+            self.collect()?;
+        }
+        self.attend();
+        self.publish();
+        Ok(true)
     }
 
-    /// Steps six and seven: rows, forward, draw, deliver.
-    fn execute(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
+    /// Step six: rows, forward, head, sampler.
+    fn enqueue(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
         let mut buffers = std::mem::take(&mut self.buffers);
         self.lay_out(plan, &mut buffers);
         let rows = StepRows {
             tokens: &buffers.tokens,
-            drawn: &[],
+            drawn: &buffers.drawn,
             positions: &buffers.positions,
             sequences: &buffers.rows,
             block_tables: &plan.block_tables,
@@ -506,34 +524,82 @@ impl<B: Backend> StepThread<B> {
         buffers.segments = recycle(segments);
         buffers.wanted_segments = recycle(wanted_segments);
 
-        buffers.results.clear();
-        buffers.results.extend(plan.sequences.iter().map(|planned| SequenceResult {
-            id: planned.id,
-            token: None,
-            finished: false,
-        }));
-        let (logits, mut part) = (std::mem::take(&mut buffers.logits), std::mem::take(&mut buffers.part));
-        for (number, rows) in logits.chunks(self.model.options().max_logit_rows).enumerate() {
+        let rows = std::mem::take(&mut buffers.logits);
+        if rows.len() > self.model.options().max_logit_rows {
+            self.buffers = buffers;
+            return self.sample_in_parts(plan, rows);
+        }
+        if !rows.is_empty() {
+            self.sample(plan, &rows, &mut buffers)?;
+        }
+        self.buffers = buffers;
+        let can_be_outrun = self.overlaps && !rows.iter().any(|row| row.score.is_none() && self.looks_back(row.id));
+        self.enqueued.push_back(Enqueued { rows, can_be_outrun });
+        Ok(())
+    }
+
+    /// Whether what a sequence draws next depends on which tokens it has drawn.
+    fn looks_back(&self, id: SequenceId) -> bool {
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } =
+            self.requests[&self.sequences[&id].request].params;
+        repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
+    }
+
+    /// Logits of more rows than there is room for at once (scored prompts): part by part, each collected before the next.
+    fn sample_in_parts(&mut self, plan: &StepPlan, rows: Vec<LogitRow>) -> Result<(), ModelError> {
+        let mut part = std::mem::take(&mut self.buffers.part);
+        let mut results = Vec::new();
+        for some in rows.chunks(self.model.options().max_logit_rows) {
             // A request may be gone since an earlier part: its reader fell behind.
-            let live = |wanted: &&LogitRow| self.sequences.contains_key(&plan.sequences[wanted.planned].id);
             part.clear();
-            part.extend(rows.iter().filter(live));
-            if !part.is_empty() {
-                self.sample(plan, &part, &mut buffers)?;
-                if number == 0 {
-                    self.attend_meanwhile();
-                }
-                self.model.backend().collect_sample(&mut buffers.sampled)?;
-                self.conclude(plan, &part, &mut buffers);
+            part.extend(some.iter().filter(|wanted| self.sequences.contains_key(&wanted.id)));
+            if part.is_empty() {
+                continue;
             }
+            let mut buffers = std::mem::take(&mut self.buffers);
+            self.sample(plan, &part, &mut buffers)?;
+            self.buffers = buffers;
+            self.collect_all()?;
+            if self.overlaps {
+                self.attend();
+                self.publish();
+            }
+            self.take_samples(&part)?;
+            results.append(&mut self.buffers.results);
             if !self.overlaps {
                 self.send_results();
             }
         }
-        if logits.is_empty() {
-            self.attend_meanwhile();
+        self.scheduler.update(self.now(), &results);
+        (self.buffers.part, self.buffers.logits) = (part, rows);
+        Ok(())
+    }
+
+    /// Collects all steps that are enqueued.
+    fn collect_all(&mut self) -> Result<(), ModelError> {
+        while !self.enqueued.is_empty() {
+            self.collect()?;
         }
-        (buffers.logits, buffers.part) = (logits, part);
+        Ok(())
+    }
+
+    /// Waits for the older of the steps that are enqueued, and tells the scheduler what came of it.
+    fn collect(&mut self) -> Result<(), ModelError> {
+        let Some(Enqueued { rows, .. }) = self.enqueued.pop_front() else { return Ok(()) };
+        self.take_samples(&rows)?;
+        self.scheduler.update(self.now(), &self.buffers.results);
+        self.buffers.logits = rows;
+        Ok(())
+    }
+
+    /// Waits for the oldest sampling, which was of `rows`: step seven but for the sending.
+    fn take_samples(&mut self, rows: &[LogitRow]) -> Result<(), ModelError> {
+        let mut buffers = std::mem::take(&mut self.buffers);
+        buffers.results.clear();
+        if !rows.is_empty() {
+            self.model.backend().collect_sample(&mut buffers.sampled)?;
+            self.conclude(rows, &mut buffers);
+        }
         self.buffers = buffers;
         Ok(())
     }
@@ -541,6 +607,7 @@ impl<B: Backend> StepThread<B> {
     /// Fills the rows of the step and lists those whose logits are wanted.
     fn lay_out(&mut self, plan: &StepPlan, buffers: &mut Buffers) {
         buffers.tokens.clear();
+        buffers.drawn.clear();
         buffers.positions.clear();
         buffers.rows.clear();
         buffers.logits.clear();
@@ -553,10 +620,14 @@ impl<B: Backend> StepThread<B> {
             // Of several samples the first runs first; the others find its prompt in the cache.
             request.control.scheduled.get_or_init(|| Scheduled { at: Instant::now(), cached_prompt_tokens });
             let tokens = self.scheduler.tokens(planned.id).expect("a planned sequence is known");
-            let (start, end) = (planned.start, planned.start + planned.rows);
+            let (start, end, of) = (planned.start, planned.start + planned.rows, (planned_index, planned.id));
             let first_row = buffers.tokens.len();
             buffers.tokens.extend_from_slice(&tokens[start..end]);
             buffers.positions.extend(start as u32..end as u32);
+            if planned.drawn {
+                let row = (first_row + planned.rows - 1) as u32;
+                buffers.drawn.push(DrawnToken { row, sample: sequence.sample_row });
+            }
             let rows =
                 SequenceRows { row: first_row, rows: planned.rows, table: planned.table, blocks: planned.blocks };
             buffers.rows.push(rows);
@@ -568,13 +639,13 @@ impl<B: Backend> StepThread<B> {
                     // The row at position p scores the token at p + 1.
                     let scorable = end.min(request.prompt_tokens - 1);
                     for position in start.max(request.scored)..scorable {
-                        buffers.want(first_row + position - start, planned_index, Some(tokens[position + 1]));
+                        buffers.want(first_row + position - start, of, Some(tokens[position + 1]));
                     }
                     request.scored = request.scored.max(scorable);
                 }
             }
             if planned.samples {
-                buffers.want(first_row + planned.rows - 1, planned_index, None);
+                buffers.want(first_row + planned.rows - 1, of, None);
             }
             self.totals.prompt_tokens += end.min(request.prompt_tokens).saturating_sub(start) as u64;
         }
@@ -590,14 +661,21 @@ impl<B: Backend> StepThread<B> {
         let lora = LoraRows { segments: &segments };
         let logits = self.model.logits(&mut self.activations, &buffers.logit_rows, &lora)?;
         let mut draws = recycle_draws(std::mem::take(&mut buffers.draws));
+        for (row, wanted) in (0..).zip(part) {
+            if wanted.score.is_none() {
+                self.sequences.get_mut(&wanted.id).expect("a planned sequence is known").sample_row = row;
+            }
+        }
         for wanted in part {
-            let id = plan.sequences[wanted.planned].id;
-            let sequence = &self.sequences[&id];
+            let sequence = &self.sequences[&wanted.id];
             let request = &self.requests[&sequence.request];
             draws.push(match wanted.score {
                 Some(token) => SampleRow::Score { token, top: request.params.prompt_logprobs.unwrap_or(0) as usize },
                 None => {
-                    let tokens = self.scheduler.tokens(id).expect("a planned sequence is known");
+                    // Without the one that is drawn here.
+                    let ScheduledSequence { start, rows, .. } = plan.sequences[wanted.planned];
+                    let tokens = self.scheduler.tokens(wanted.id).expect("a planned sequence is known");
+                    let tokens = &tokens[..start + rows];
                     let (prompt, generated) = tokens.split_at(request.prompt_tokens);
                     let early = generated.len() < request.params.min_tokens as usize;
                     SampleRow::Draw {

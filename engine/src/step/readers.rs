@@ -4,28 +4,41 @@
 use std::sync::Arc;
 
 use openlora_kernels::Backend;
-use openlora_scheduler::StepPlan;
+use openlora_scheduler::SequenceResult;
 use openlora_types::{FinishReason, SequenceId, Token, TokenLogprob, TokenOutput};
 use tokio::sync::mpsc;
 
-use super::{Buffers, LogitRow, RequestKey, StepThread};
+use super::{Buffers, LogitRow, Request, RequestKey, StepThread};
 use crate::EngineError;
 use crate::handle::Event;
 use crate::request::{Command, Control, Incoming};
 
 /// What a step has made for a reader.
 pub(super) enum Unsent {
-    Token { key: RequestKey, id: SequenceId, index: u32, output: TokenOutput, end: Option<FinishReason> },
-    Scored { key: RequestKey, outputs: Vec<TokenOutput> },
+    Token {
+        key: RequestKey,
+        id: SequenceId,
+        index: u32,
+        output: TokenOutput,
+        end: Option<FinishReason>,
+    },
+    Scored {
+        key: RequestKey,
+        outputs: Vec<TokenOutput>,
+    },
+    /// Its deadline has passed: it had what was made before.
+    Expired {
+        key: RequestKey,
+    },
 }
 
 impl<B: Backend> StepThread<B> {
     /// Notes what was drawn and scored, for the scheduler and for the readers.
-    pub(super) fn conclude(&mut self, plan: &StepPlan, part: &[LogitRow], buffers: &mut Buffers) {
-        for (wanted, sampled) in part.iter().zip(&buffers.sampled) {
-            let id = plan.sequences[wanted.planned].id;
+    pub(super) fn conclude(&mut self, rows: &[LogitRow], buffers: &mut Buffers) {
+        for (wanted, sampled) in rows.iter().zip(&buffers.sampled) {
+            let id = wanted.id;
             // Gone: it was ended while the device worked.
-            let Some(sequence) = self.sequences.get(&id) else { continue };
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
             let (key, index) = (sequence.request, sequence.index);
             let token = sampled.token;
             let chosen = TokenLogprob { token, logprob: sampled.logprob };
@@ -37,22 +50,13 @@ impl<B: Backend> StepThread<B> {
                 }
                 continue;
             }
-            let end = self.end_with(key, id, token);
+            sequence.generated += 1;
+            let generated = sequence.generated;
+            let end = end_with(&self.requests[&key], token, generated);
             self.totals.generation_tokens += 1;
-            let result = &mut buffers.results[wanted.planned];
-            (result.token, result.finished) = (Some(token), end.is_some());
+            buffers.results.push(SequenceResult { id, token, finished: end.is_some() });
             self.unsent.push(Unsent::Token { key, id, index, output, end });
         }
-    }
-
-    /// Whether a sample ends with the token that was drawn for it.
-    fn end_with(&self, key: RequestKey, id: SequenceId, token: Token) -> Option<FinishReason> {
-        let request = &self.requests[&key];
-        let tokens = self.scheduler.tokens(id).map_or(0, <[Token]>::len) + 1;
-        if request.stops.contains(&token) {
-            return Some(FinishReason::Stop);
-        }
-        (tokens - request.prompt_tokens >= request.params.max_tokens as usize).then_some(FinishReason::Length)
     }
 
     /// Tells the readers what steps have made.
@@ -61,6 +65,7 @@ impl<B: Backend> StepThread<B> {
         for unsent in unsent.drain(..) {
             match unsent {
                 Unsent::Scored { key, outputs } => self.send(key, Event::PromptLogprobs(outputs)),
+                Unsent::Expired { key } => self.fail(key, EngineError::DeadlineExceeded),
                 Unsent::Token { key, id, index, output, end } => {
                     if let Some(request) = self.requests.get_mut(&key) {
                         request.usage.completion_tokens += 1;
@@ -138,6 +143,14 @@ impl<B: Backend> StepThread<B> {
             }
         }
     }
+}
+
+/// Whether a sample ends with a token, its `generated`-th.
+fn end_with(request: &Request, token: Token, generated: usize) -> Option<FinishReason> {
+    if request.stops.contains(&token) {
+        return Some(FinishReason::Stop);
+    }
+    (generated >= request.params.max_tokens as usize).then_some(FinishReason::Length)
 }
 
 /// Tells a reader that its request has failed: in the channel, or where that is full, when it has read all that is there.

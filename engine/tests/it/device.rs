@@ -46,22 +46,24 @@ fn answers_equal_those_of_transformers_and_peft_in_one_batch() {
 }
 
 #[test]
-fn while_a_step_runs_readers_get_the_last_ones_tokens_and_commands_are_taken() {
+fn the_next_step_is_enqueued_before_this_ones_tokens_are_known() {
     let rig = Setup { asynchronous: true, ..Setup::default() }.start();
+    let before = rig.controls.steps();
     rig.controls.allow_results(0);
     let mut stream = rig.submit(ask(&prompt(9), 10));
     rig.controls.wait_for_collection(1);
+    assert_eq!(rig.controls.steps(), before + 2);
     assert!(stream.try_next().is_none(), "no token before its step is over");
     let second = rig.submit(ask(&prompt(7), 10));
     let mut tokens = Vec::new();
-    // While the second step runs: what the first made goes out, and who has come is taken in.
+    // While the second step runs: what the first made goes out, and who has come is taken in and planned.
     rig.controls.allow_results(1);
     rig.controls.wait_for_collection(2);
     tokens.push(next_token(&mut stream));
-    assert!(stream.try_next().is_none() && second.scheduled_at().is_none());
+    assert!(stream.try_next().is_none() && second.scheduled_at().is_some());
+    assert_eq!(rig.controls.steps(), before + 3);
     rig.controls.allow_results(1);
     rig.controls.wait_for_collection(3);
-    assert!(second.scheduled_at().is_some());
     assert_eq!(rig.stats().running, 2);
     // While the fourth runs: who has left is gone.
     drop(second);
@@ -72,6 +74,51 @@ fn while_a_step_runs_readers_get_the_last_ones_tokens_and_commands_are_taken() {
     tokens.extend(read(stream).tokens());
     assert_eq!(tokens, rig.answer(ask(&prompt(9), 10)).tokens());
     rig.settle();
+}
+
+#[test]
+fn a_draw_that_depends_on_the_tokens_before_it_waits_for_them() {
+    let penalised: [fn(&mut SamplingParams); 3] = [
+        |params| params.repetition_penalty = 1.2,
+        |params| params.presence_penalty = 0.5,
+        |params| params.frequency_penalty = 0.5,
+    ];
+    for penalise in penalised {
+        let rig = Setup { asynchronous: true, ..Setup::default() }.start();
+        let before = rig.controls.steps();
+        rig.controls.allow_results(0);
+        let mut request = ask(&prompt(9), 4);
+        penalise(&mut request.sampling);
+        let stream = rig.submit(request);
+        for step in 1..=4 {
+            rig.controls.wait_for_collection(step);
+            assert_eq!(rig.controls.steps(), before + step);
+            rig.controls.allow_results(1);
+        }
+        assert_eq!(read(stream).tokens().len(), 4);
+        rig.settle();
+    }
+}
+
+#[test]
+fn a_sample_that_ends_while_its_next_step_runs_says_nothing_more() {
+    let rig = Setup { asynchronous: true, ..Setup::default() }.start();
+    let tokens = rig.answer(ask(&prompt(9), 10)).tokens();
+    let mut request = ask(&prompt(9), 10);
+    request.sampling.stop_tokens = vec![tokens[4]];
+    let first = tokens.iter().position(|token| *token == tokens[4]).expect("it is one of them");
+    let (steps, collections) = (rig.controls.steps(), rig.controls.collections());
+    rig.controls.allow_results(0);
+    let stream = rig.submit(request);
+    for step in 1..=first as u64 + 1 {
+        rig.controls.wait_for_collection(collections + step);
+        assert_eq!(rig.controls.steps(), steps + step + 1);
+        rig.controls.allow_results(1);
+    }
+    rig.controls.allow_results(1_000);
+    assert_eq!(read(stream).tokens(), tokens[..=first]);
+    rig.settle();
+    assert_eq!(rig.stats().generation_tokens_total, (10 + first + 1) as u64);
 }
 
 #[test]
@@ -87,6 +134,7 @@ fn answers_with_steps_overlapped_have_the_same_bits() {
             request.sampling.prompt_logprobs = (i == 1).then_some(2);
             request.sampling.n = 1 + i % 2;
             request.sampling.logprobs = Some(2);
+            request.sampling.repetition_penalty = if i == 6 { 1.3 } else { 1.0 };
             request
         };
         let streams: Vec<_> = (0..8).map(|i| rig.submit(request(i))).collect();

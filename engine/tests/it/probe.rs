@@ -1,13 +1,14 @@
 //! The CPU backend with a gate before each step, another before its results where it plays a device that works by itself, and faults on
 //! demand.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use openlora_kernels::cpu::Cpu;
 use openlora_kernels::{
-    AttentionSpec, Backend, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, RopeTable, SampleRow,
-    SampledRow, StepRows, TensorSource,
+    AttentionSpec, Backend, DrawnToken, ForwardScope, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers,
+    RopeTable, SampleRow, SampledRow, StepRows, TensorSource,
 };
 use openlora_types::{AdapterSizes, AdapterWeights, Token};
 
@@ -20,6 +21,18 @@ pub(crate) struct Probe {
     pub(crate) controls: Arc<Controls>,
     /// Whether it says that its operations return before they are done.
     pub(crate) asynchronous: bool,
+    pub(crate) under_way: Mutex<UnderWay>,
+}
+
+/// What an asynchronous device knows and its host does not yet.
+#[derive(Default)]
+pub(crate) struct UnderWay {
+    /// Samplings that were not collected.
+    samplings: VecDeque<Vec<SampledRow>>,
+    /// What the last one drew.
+    tokens: Vec<Token>,
+    /// Rows of the pass that runs whose tokens are among those.
+    drawn: Vec<DrawnToken>,
 }
 
 /// Where a fault strikes.
@@ -123,6 +136,11 @@ impl Controls {
         drop(self.wait_until("the results' turn", |state| state.collected >= steps));
     }
 
+    /// Steps that have asked for their results.
+    pub(crate) fn collections(&self) -> u64 {
+        self.lock().collected
+    }
+
     fn enter_collection(&self) {
         self.change(|state| state.collected += 1);
         drop(self.wait_until("the results", |state| state.results.is_none_or(|results| state.collected <= results)));
@@ -181,6 +199,17 @@ impl Controls {
 
 fn for_cpu<'a>(layer: LayerAttention<'a, Probe>) -> LayerAttention<'a, Cpu> {
     LayerAttention { layer: layer.layer, window: layer.window, rope: layer.rope, qk_norm: layer.qk_norm }
+}
+
+/// As the CPU takes it, which gets all tokens.
+fn known<'a>(step: &StepRows<'a>) -> StepRows<'a> {
+    StepRows { drawn: &[], ..*step }
+}
+
+impl Probe {
+    fn under_way(&self) -> MutexGuard<'_, UnderWay> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Backend for Probe {
@@ -262,6 +291,16 @@ impl Backend for Probe {
         self.cpu.read_tensor(tensor)
     }
 
+    fn forward(
+        &self,
+        scope: &ForwardScope<'_, Self>,
+        pages: &mut Self::Pages,
+        run: &mut dyn FnMut(&mut Self::Pages) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        self.under_way().drawn = scope.rows.drawn.to_vec();
+        run(pages)
+    }
+
     fn embed(
         &self,
         table: &Self::Embedding,
@@ -271,7 +310,13 @@ impl Backend for Probe {
     ) -> Result<(), KernelError> {
         self.controls.enter_step(lora.segments.len());
         self.controls.strike(Operation::Embed)?;
-        self.cpu.embed(table, tokens, lora, out)
+        let mut tokens = tokens.to_vec();
+        let under_way = self.under_way();
+        for DrawnToken { row, sample } in &under_way.drawn {
+            let unknown = std::mem::replace(&mut tokens[*row as usize], under_way.tokens[*sample as usize]);
+            assert_eq!(unknown, 0, "row {row} is drawn and has a token");
+        }
+        self.cpu.embed(table, &tokens, lora, out)
     }
 
     fn add_rms_norm(
@@ -304,7 +349,7 @@ impl Backend for Probe {
         pages: &mut Self::Pages,
     ) -> Result<(), KernelError> {
         self.controls.change(|state| state.sequences_max = state.sequences_max.max(step.sequences.len()));
-        self.cpu.rope_and_store(spec, step, for_cpu(layer), qkv, pages)
+        self.cpu.rope_and_store(spec, &known(step), for_cpu(layer), qkv, pages)
     }
 
     fn attention(
@@ -317,7 +362,7 @@ impl Backend for Probe {
         out: &mut Self::Tensor,
     ) -> Result<(), KernelError> {
         self.controls.strike(Operation::Attention)?;
-        self.cpu.attention(spec, step, for_cpu(layer), qkv, pages, out)
+        self.cpu.attention(spec, &known(step), for_cpu(layer), qkv, pages, out)
     }
 
     fn swiglu(&self, gate_up: &Self::Tensor, out: &mut Self::Tensor) -> Result<(), KernelError> {
@@ -338,9 +383,26 @@ impl Backend for Probe {
         self.cpu.sample(logits, rows, out)
     }
 
-    fn collect_sample(&self, _out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
+    fn enqueue_sample(
+        &self,
+        logits: &mut Self::Tensor,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<SampledRow>,
+    ) -> Result<(), KernelError> {
+        self.sample(logits, rows, out)?;
+        if self.asynchronous {
+            let mut under_way = self.under_way();
+            assert!(under_way.samplings.len() < 2, "two samplings are to be collected");
+            under_way.tokens = out.iter().map(|sampled| sampled.token).collect();
+            under_way.samplings.push_back(std::mem::take(out));
+        }
+        Ok(())
+    }
+
+    fn collect_sample(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
         if self.asynchronous {
             self.controls.enter_collection();
+            *out = self.under_way().samplings.pop_front().expect("a sampling was enqueued");
         }
         Ok(())
     }

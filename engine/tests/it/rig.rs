@@ -1,7 +1,7 @@
 //! An engine over a tiny model from fixtures/, with a store of its adapters; and a reader that checks every stream's order.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use openlora_adapters::{Actor, AdapterStore, Lease, StoreConfig};
@@ -64,7 +64,8 @@ impl Setup {
         let controls = Arc::new(Controls::default());
         let cpu = Cpu::new(2, Precision::F32, Isa::detect()).expect("threads start");
         let asynchronous = self.asynchronous;
-        self.try_start_on(Arc::new(Probe { cpu, controls: Arc::clone(&controls), asynchronous }), controls)
+        let under_way = Mutex::default();
+        self.try_start_on(Arc::new(Probe { cpu, controls: Arc::clone(&controls), asynchronous, under_way }), controls)
     }
 
     pub(crate) fn try_start_on<B: Backend>(
