@@ -23,19 +23,18 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use openlora_adapters::Lease;
-use openlora_kernels::{Backend, DrawnToken, LoraRows, LoraSegment, SampleRow, SampledRow, SequenceRows, StepRows};
+use openlora_kernels::{Backend, LoraRows, LoraSegment, StepRows};
 use openlora_model::{Activations, Model, ModelError};
-use openlora_scheduler::{
-    AdapterNeed, NewSequence, Rate, ScheduledSequence, Scheduler, SequenceResult, StepPlan, SubmitError,
-};
+use openlora_scheduler::{AdapterNeed, NewSequence, Rate, Scheduler, StepPlan, SubmitError};
 use openlora_types::{FinishReason, Generation, InvalidField, SamplingParams, SequenceId, Time, Token, Usage};
 use tokio::sync::{mpsc, watch};
 
 use self::readers::{Unsent, fail_reader};
+use self::rows::{Buffers, LogitRow, adapter, merge, recycle, row_segments};
 use crate::engine::Board;
 use crate::handle::Event;
 use crate::loader::{Loaded, Loader};
-use crate::request::{Command, Control, Incoming, Scheduled};
+use crate::request::{Command, Control, Incoming};
 use crate::{EngineError, EngineStats};
 
 /// How long the step thread waits when it can do nothing: what may come (a request, a cancellation, a load) is then looked for.
@@ -137,46 +136,6 @@ struct Totals {
     prompt_tokens: u64,
     generation_tokens: u64,
     step_micros: u64,
-}
-
-/// Reused between steps.
-#[derive(Default)]
-struct Buffers {
-    tokens: Vec<Token>,
-    drawn: Vec<DrawnToken>,
-    positions: Vec<u32>,
-    rows: Vec<SequenceRows>,
-    logits: Vec<LogitRow>,
-    part: Vec<LogitRow>,
-    /// The step's rows that get logits, ascending, as `logits` lists them.
-    wanted: Vec<u32>,
-    logit_rows: Vec<u32>,
-    sampled: Vec<SampledRow>,
-    results: Vec<SequenceResult>,
-    gone: Vec<RequestKey>,
-    segments: Vec<LoraSegment<'static, ()>>,
-    wanted_segments: Vec<LoraSegment<'static, ()>>,
-    draws: Vec<SampleRow<'static>>,
-}
-
-impl Buffers {
-    /// Asks for the logits of `row` of the step.
-    fn want(&mut self, row: usize, (planned, id): (usize, SequenceId), score: Option<Token>) {
-        self.logits.push(LogitRow { row: self.wanted.len() as u32, planned, id, score });
-        self.wanted.push(row as u32);
-    }
-}
-
-/// A row whose logits are wanted.
-#[derive(Clone, Copy)]
-struct LogitRow {
-    /// Place among the step's wanted rows.
-    row: u32,
-    /// Index into the plan's sequences, and which one that is.
-    planned: usize,
-    id: SequenceId,
-    /// The prompt token to score; `None` draws.
-    score: Option<Token>,
 }
 
 /// Runs steps until told to stop. Whatever ends it, panics included, is told to everyone who waits: readers through
@@ -529,9 +488,9 @@ impl<B: Backend> StepThread<B> {
             self.buffers = buffers;
             return self.sample_in_parts(plan, rows);
         }
-        if !rows.is_empty() {
-            self.sample(plan, &rows, &mut buffers)?;
-        }
+        // Also where nothing is drawn (parts of long prompts), so that there is something to wait for: who comes meanwhile is to have a
+        // row in the step after the next, not behind all that is left of a prompt.
+        self.sample(plan, &rows, &mut buffers)?;
         self.buffers = buffers;
         let can_be_outrun = self.overlaps && !rows.iter().any(|row| row.score.is_none() && self.looks_back(row.id));
         self.enqueued.push_back(Enqueued { rows, can_be_outrun });
@@ -596,102 +555,9 @@ impl<B: Backend> StepThread<B> {
     fn take_samples(&mut self, rows: &[LogitRow]) -> Result<(), ModelError> {
         let mut buffers = std::mem::take(&mut self.buffers);
         buffers.results.clear();
-        if !rows.is_empty() {
-            self.model.backend().collect_sample(&mut buffers.sampled)?;
-            self.conclude(rows, &mut buffers);
-        }
+        self.model.backend().collect_sample(&mut buffers.sampled)?;
+        self.conclude(rows, &mut buffers);
         self.buffers = buffers;
-        Ok(())
-    }
-
-    /// Fills the rows of the step and lists those whose logits are wanted.
-    fn lay_out(&mut self, plan: &StepPlan, buffers: &mut Buffers) {
-        buffers.tokens.clear();
-        buffers.drawn.clear();
-        buffers.positions.clear();
-        buffers.rows.clear();
-        buffers.logits.clear();
-        buffers.wanted.clear();
-        for (planned_index, planned) in plan.sequences.iter().enumerate() {
-            let sequence = self.sequences.get_mut(&planned.id).expect("a planned sequence is known");
-            let first_time = !std::mem::replace(&mut sequence.started, true);
-            let request = self.requests.get_mut(&sequence.request).expect("a sequence's request lives");
-            let cached_prompt_tokens = planned.cached_tokens as u32;
-            // Of several samples the first runs first; the others find its prompt in the cache.
-            request.control.scheduled.get_or_init(|| Scheduled { at: Instant::now(), cached_prompt_tokens });
-            let tokens = self.scheduler.tokens(planned.id).expect("a planned sequence is known");
-            let (start, end, of) = (planned.start, planned.start + planned.rows, (planned_index, planned.id));
-            let first_row = buffers.tokens.len();
-            buffers.tokens.extend_from_slice(&tokens[start..end]);
-            buffers.positions.extend(start as u32..end as u32);
-            if planned.drawn {
-                let row = (first_row + planned.rows - 1) as u32;
-                buffers.drawn.push(DrawnToken { row, sample: sequence.sample_row });
-            }
-            let rows =
-                SequenceRows { row: first_row, rows: planned.rows, table: planned.table, blocks: planned.blocks };
-            buffers.rows.push(rows);
-            if sequence.index == 0 {
-                if first_time {
-                    request.usage.cached_prompt_tokens = cached_prompt_tokens;
-                }
-                if request.params.prompt_logprobs.is_some() {
-                    // The row at position p scores the token at p + 1.
-                    let scorable = end.min(request.prompt_tokens - 1);
-                    for position in start.max(request.scored)..scorable {
-                        buffers.want(first_row + position - start, of, Some(tokens[position + 1]));
-                    }
-                    request.scored = request.scored.max(scorable);
-                }
-            }
-            if planned.samples {
-                buffers.want(first_row + planned.rows - 1, of, None);
-            }
-            self.totals.prompt_tokens += end.min(request.prompt_tokens).saturating_sub(start) as u64;
-        }
-    }
-
-    /// Enqueues the head and the sampler over up to `logit_rows_max` rows.
-    fn sample(&mut self, plan: &StepPlan, part: &[LogitRow], buffers: &mut Buffers) -> Result<(), ModelError> {
-        buffers.logit_rows.clear();
-        buffers.logit_rows.extend(part.iter().map(|wanted| wanted.row));
-        let mut segments = recycle(std::mem::take(&mut buffers.segments));
-        let of = |planned: usize| adapter(&self.resident, &plan.sequences[planned]);
-        row_segments(part, of, &mut segments);
-        let lora = LoraRows { segments: &segments };
-        let logits = self.model.logits(&mut self.activations, &buffers.logit_rows, &lora)?;
-        let mut draws = recycle_draws(std::mem::take(&mut buffers.draws));
-        for (row, wanted) in (0..).zip(part) {
-            if wanted.score.is_none() {
-                self.sequences.get_mut(&wanted.id).expect("a planned sequence is known").sample_row = row;
-            }
-        }
-        for wanted in part {
-            let sequence = &self.sequences[&wanted.id];
-            let request = &self.requests[&sequence.request];
-            draws.push(match wanted.score {
-                Some(token) => SampleRow::Score { token, top: request.params.prompt_logprobs.unwrap_or(0) as usize },
-                None => {
-                    // Without the one that is drawn here.
-                    let ScheduledSequence { start, rows, .. } = plan.sequences[wanted.planned];
-                    let tokens = self.scheduler.tokens(wanted.id).expect("a planned sequence is known");
-                    let tokens = &tokens[..start + rows];
-                    let (prompt, generated) = tokens.split_at(request.prompt_tokens);
-                    let early = generated.len() < request.params.min_tokens as usize;
-                    SampleRow::Draw {
-                        params: &request.params,
-                        sample_index: sequence.index,
-                        prompt,
-                        generated,
-                        banned: if early { &request.stops } else { &[] },
-                        top: request.params.logprobs.unwrap_or(0) as usize,
-                    }
-                }
-            });
-        }
-        self.model.backend().enqueue_sample(logits, &draws, &mut buffers.sampled)?;
-        buffers.draws = recycle_draws(draws);
-        buffers.segments = recycle(segments);
         Ok(())
     }
 
@@ -726,14 +592,6 @@ impl<B: Backend> StepThread<B> {
     }
 }
 
-/// The adapter of a planned sequence. Not a method: activations and pages are borrowed for writing at the same time.
-///
-/// # Panics
-/// When it is not there: nothing is ever served in an adapter's name that the adapter did not produce.
-fn adapter<'a, A>(resident: &'a HashMap<Generation, A>, planned: &ScheduledSequence) -> Option<&'a A> {
-    planned.generation.map(|generation| &resident[&generation])
-}
-
 fn refusal(error: SubmitError) -> EngineError {
     match error {
         SubmitError::QueueFull { waiting, max, retry_after_micros } => {
@@ -747,47 +605,7 @@ fn refusal(error: SubmitError) -> EngineError {
     }
 }
 
-/// The adapters of rows that get logits, one row after the other; `adapter` knows them by their place in the plan.
-fn row_segments<'a, A>(rows: &[LogitRow], adapter: impl Fn(usize) -> Option<&'a A>, out: &mut Vec<LoraSegment<'a, A>>) {
-    out.extend(rows.iter().enumerate().map(|(row, wanted)| LoraSegment {
-        row,
-        rows: 1,
-        adapter: adapter(wanted.planned),
-    }));
-    merge(out);
-}
-
-/// Joins neighbouring runs of the same adapter; empties the list when no row has one.
-fn merge<A>(segments: &mut Vec<LoraSegment<'_, A>>) {
-    if segments.iter().all(|segment| segment.adapter.is_none()) {
-        segments.clear();
-        return;
-    }
-    segments.dedup_by(|next, run| {
-        let same = match (next.adapter, run.adapter) {
-            (None, None) => true,
-            (Some(a), Some(b)) => std::ptr::eq(a, b),
-            _ => false,
-        };
-        if same {
-            run.rows += next.rows;
-        }
-        same
-    });
-}
-
-/// The same allocation for segments of another lifetime: collecting a drained vector in place keeps its capacity.
-fn recycle<'to, From, To>(mut segments: Vec<LoraSegment<'_, From>>) -> Vec<LoraSegment<'to, To>> {
-    segments.clear();
-    segments.into_iter().map(|_| unreachable!("the vector was cleared")).collect()
-}
-
-/// The same for the sampler's rows.
-fn recycle_draws<'to>(mut draws: Vec<SampleRow<'_>>) -> Vec<SampleRow<'to>> {
-    draws.clear();
-    draws.into_iter().map(|_| unreachable!("the vector was cleared")).collect()
-}
-
 #[cfg(test)]
 mod allocation_tests;
 mod readers;
+mod rows;

@@ -116,11 +116,9 @@ pub trait Backend: Send + Sync + 'static {
     /// The rows of a tensor, copied to the host as f32: for tests and logits inspection, not for the step.
     fn read_tensor(&self, tensor: &Self::Tensor) -> Vec<f32>;
 
-    /// Says how many rows a tensor has that [`Backend::forward`] wrote: where it repeated an earlier pass instead of calling `run`, the
-    /// operations that say so were not called.
-    fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize) {
-        let _ = (tensor, rows);
-    }
+    /// Says how many rows a tensor has: where [`Backend::forward`] repeated an earlier pass instead of calling `run`, the operations
+    /// that say so were not called.
+    fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize);
 
     /// Runs one forward pass: `run` calls the operations, on tensors that `scope` identifies. A backend may write down what it is
     /// given here once for all of them, and where every sequence has one row it may record what `run` enqueues and enqueue that
@@ -254,7 +252,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// The first half of [`Backend::sample`]: enqueues it where operations are [asynchronous](Backend::is_asynchronous), else does all
     /// of it, into `out`. Each is collected by [`Backend::collect_sample`]. Two may be enqueued and not collected where operations are
-    /// asynchronous, so that a step can be enqueued behind one that is not done yet ([`StepRows::drawn`]); elsewhere one.
+    /// asynchronous, so that a step can be enqueued behind one that is not done yet ([`StepRows::drawn`]); elsewhere one. With no rows
+    /// nothing is computed, and collecting it waits for what was enqueued before.
     ///
     /// # Errors
     /// A device failure.

@@ -216,6 +216,10 @@ impl<B: Backend> Model<B> {
         if let Some(row) = rows.iter().find(|row| **row as usize >= act.rows) {
             return Err(ModelError::Step { what: "logit row + 1", value: *row as usize + 1, max: act.rows });
         }
+        if rows.is_empty() {
+            self.backend.set_rows(&mut act.logits, 0);
+            return Ok(&mut act.logits);
+        }
         self.backend.gather_rows(&act.normed, rows, &mut act.gathered)?;
         self.backend.linear(&self.head, lora, &act.gathered, &mut act.logits)?;
         Ok(&mut act.logits)

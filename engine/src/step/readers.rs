@@ -8,7 +8,8 @@ use openlora_scheduler::SequenceResult;
 use openlora_types::{FinishReason, SequenceId, Token, TokenLogprob, TokenOutput};
 use tokio::sync::mpsc;
 
-use super::{Buffers, LogitRow, Request, RequestKey, StepThread};
+use super::rows::{Buffers, LogitRow};
+use super::{Request, RequestKey, StepThread};
 use crate::EngineError;
 use crate::handle::Event;
 use crate::request::{Command, Control, Incoming};

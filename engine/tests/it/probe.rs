@@ -291,6 +291,10 @@ impl Backend for Probe {
         self.cpu.read_tensor(tensor)
     }
 
+    fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize) {
+        self.cpu.set_rows(tensor, rows);
+    }
+
     fn forward(
         &self,
         scope: &ForwardScope<'_, Self>,

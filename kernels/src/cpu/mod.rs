@@ -295,6 +295,10 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn set_rows(&self, tensor: &mut CpuTensor, rows: usize) {
+        tensor.set_rows(rows);
+    }
+
     fn sample(
         &self,
         logits: &mut CpuTensor,
