@@ -1,3 +1,4 @@
+use bytemuck::{Pod, Zeroable};
 use openlora_types::{AdapterSizes, AdapterWeights, SamplingParams, Token, TokenLogprob};
 
 use crate::{BlockFormat, KernelError, LinearSpec, TensorSource};
@@ -245,6 +246,9 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     /// A device failure.
+    ///
+    /// # Panics
+    /// When another sampling is enqueued and not collected.
     fn sample(
         &self,
         logits: &mut Self::Tensor,
@@ -370,8 +374,9 @@ pub struct StepRows<'a> {
     pub block_tables: &'a [u32],
 }
 
-/// A row whose token is not known to the host yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A row whose token is not known to the host yet. `Drawn` in `include/step.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
 pub struct DrawnToken {
     /// Row of the step; its entry in `tokens` means nothing, 0 there.
     pub row: u32,
