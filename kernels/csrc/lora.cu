@@ -555,6 +555,8 @@ template <typename T, bool GATHERS>
 DEVICE float shrunk(const LoraExpandParams& p, const LoraExpand& item, u32 site, u32 row, u32 rank) {
   if (rank >= item.rank) return 0;
   if (GATHERS) {
+    // Such a row's embedding is NaN.
+    if (p.tokens[row] >= p.inputs) return 0;
     const LoraSite* from = reinterpret_cast<const LoraSite*>(item.site);
     const u64* pieces = reinterpret_cast<const u64*>(from->a_pieces) + rank / GROUP;
     // A strip's last piece may have fewer ranks, and its rows are as long as any.

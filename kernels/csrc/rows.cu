@@ -1,7 +1,9 @@
-// What works row by row: embedding, RMSNorm with the residual addition before it, SwiGLU, bias, rows picked out, pages copied.
+// What works row by row: tokens taken from the sampling before, embedding, RMSNorm with the residual addition before it, SwiGLU, bias,
+// rows picked out, pages copied.
 //
 // All of it is bound by bytes. Per row, with T in 16 bits and at width h (intermediate size i):
 //
+//   take_drawn    reads 16 bytes in two places, writes 4: a launch's latency
 //   embed         reads 2 h, writes 4 h
 //   add_rms_norm  reads 4 h + 2 h and the weight (4 h, from the L2 cache after the first row), writes 4 h + 2 h
 //   swiglu        reads 4 i, writes 2 i
@@ -16,7 +18,7 @@
 //
 // `rows` is the address of the number of rows: that of a step (the first field of Counts) or of a list of picked rows. Blocks
 // beyond it return. What a row's bits depend on is the row and the width: the threads that share a row are chosen by width alone.
-#include "platform.cuh"
+#include "step.cuh"
 
 // Turing has no bf16 and no kernels for it.
 #if defined(OPENLORA_HOST) || __CUDA_ARCH__ >= 800
@@ -35,6 +37,20 @@ constexpr u32 NAN_BITS = 0x7fffffffu;
 // One number or as many as 16 bytes of T hold.
 template <typename T>
 constexpr u32 WIDE = 16 / sizeof(T);
+
+struct DrawnParams {
+  const Drawn* drawn;           // [count], each row once
+  const SampleResult* results;  // of a sampling with every row that `drawn` names
+  u32* tokens;                  // of the step
+  u32 count;
+  u32 unused;
+};
+
+// Tokens that the host does not know, before the step's first kernel reads them.
+KERNEL(take_drawn, DrawnParams, ROW_THREADS) {
+  u32 i = blockIdx.x * ROW_THREADS + threadIdx.x;
+  if (i < p.count) p.tokens[p.drawn[i].row] = p.results[p.drawn[i].sample].token;
+}
 
 struct EmbedParams {
   const u32* rows;

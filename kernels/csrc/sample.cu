@@ -28,7 +28,7 @@
 // groups a few times (L1 and L2 cache) and the lines of the tokens above the bound, or one split (32 kB). 64 rows of 128,256:
 // 33 MB, of which much is still in the L2 cache after the head's product; expected 80% of the memory's rate in the scan and 10 to 20
 // microseconds of latency in a pick with cuts, all rows side by side.
-#include "platform.cuh"
+#include "step.cuh"
 
 constexpr u32 SCAN_THREADS = 256;
 constexpr u32 SCAN_PACKS = 8;
@@ -84,13 +84,6 @@ struct SplitResult {
 struct TokenLogprob {
   u32 token;
   float logprob;
-};
-
-struct SampleResult {
-  u32 token;
-  float logprob;
-  u32 top;  // alternatives there are
-  u32 unused;
 };
 
 struct SampleParams {

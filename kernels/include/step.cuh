@@ -1,4 +1,5 @@
-// What kernels know of a step; written by src/cuda/step.rs, whose structs these are.
+// What kernels know of a step; written by src/cuda/step.rs, whose structs these are. And what one step takes from the sampling
+// before it.
 #pragma once
 #include "platform.cuh"
 
@@ -20,6 +21,20 @@ struct Segment {
   u32 row;  // first row
   u32 rows;
   u64 adapter;  // address of its sites; 0 for the base model alone
+};
+
+// A row whose token the host does not know yet: it is the token of a row of the sampling before.
+struct Drawn {
+  u32 row;
+  u32 sample;
+};
+
+// Written by sample.cu for each row.
+struct SampleResult {
+  u32 token;
+  float logprob;
+  u32 top;  // alternatives there are
+  u32 unused;
 };
 
 struct Step {

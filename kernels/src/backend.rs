@@ -1,3 +1,4 @@
+use bytemuck::{Pod, Zeroable};
 use openlora_types::{AdapterSizes, AdapterWeights, SamplingParams, Token, TokenLogprob};
 
 use crate::{BlockFormat, KernelError, LinearSpec, TensorSource};
@@ -243,6 +244,9 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     /// A device failure.
+    ///
+    /// # Panics
+    /// When another sampling is enqueued and not collected.
     fn sample(
         &self,
         logits: &mut Self::Tensor,
@@ -369,8 +373,9 @@ pub struct StepRows<'a> {
     pub block_tables: &'a [u32],
 }
 
-/// A row whose token is not known to the host yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A row whose token is not known to the host yet. `Drawn` in `include/step.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
 pub struct DrawnToken {
     /// Row of the step; its entry in `tokens` means nothing, 0 there.
     pub row: u32,

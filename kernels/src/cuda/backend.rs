@@ -8,9 +8,12 @@
 //! The first pass of all is not recorded, because it makes the room that the others need. An engine that starts lets one as large as
 //! any run, then has all passes recorded that it can come to need ([`Backend::record`]): no request waits for a recording.
 //!
+//! A step may be enqueued before the tokens of the one before it are known to the host ([`StepRows::drawn`]): a launch of its own takes
+//! them from the sampling's results, before the pass, so that no recorded pass has it.
+//!
 //! Operations may also be called by themselves, as tests do: then each writes what it was given, if that is not what was written last.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -22,7 +25,7 @@ use super::lora::{CudaAdapter, LoraLimits, LoraLinear, LoraPlan};
 use super::pages::{CudaPageSet, CudaPages, page_bytes};
 use super::rope::{self, Rope, RopeMemory};
 use super::rows::{self, DeviceList, NormWeight, Rows};
-use super::sample::{SampleLimits, Sampler};
+use super::sample::{SampleLimits, Sampled, Sampler};
 use super::step::{Segment, Step, StepLimits, StepMemory};
 use super::tensor::CudaTensor;
 use super::weights::{CudaEmbedding, CudaLinear};
@@ -37,6 +40,8 @@ pub const BUCKETS: [usize; 14] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 1
 pub const RANK_MAX: usize = 256;
 /// Alternatives of a row that there is room for from the start.
 const TOP: usize = 20;
+/// Samplings that may be enqueued and not collected.
+const SAMPLED: usize = 2;
 /// Entries of all block tables that there is room for from the start.
 const TABLE_ENTRIES: usize = 1024;
 
@@ -76,6 +81,8 @@ struct State<D: Device> {
     partials: Option<AttentionPartials<D>>,
     picked: Option<DeviceList<D, u32>>,
     sampler: Option<(Sampler<D>, SampleLimits)>,
+    /// Enqueued and not collected, the older first.
+    sampled: VecDeque<Sampled<D>>,
     /// A count that leaves no row of a launch out.
     all: Memory<D>,
     graphs: HashMap<GraphKey, D::Graph>,
@@ -109,11 +116,14 @@ struct Written {
     positions: Vec<u32>,
     sequences: Vec<SequenceRows>,
     block_tables: Vec<u32>,
+    /// Some of the tokens have been replaced on the device.
+    drawn: bool,
 }
 
 impl Written {
     fn is(&self, step: &StepRows<'_>) -> bool {
-        (self.tokens == step.tokens && self.positions == step.positions)
+        !self.drawn
+            && (self.tokens == step.tokens && self.positions == step.positions)
             && (self.sequences == step.sequences && self.block_tables == step.block_tables)
     }
 
@@ -126,6 +136,7 @@ impl Written {
         copy(&mut self.positions, step.positions);
         copy(&mut self.sequences, step.sequences);
         copy(&mut self.block_tables, step.block_tables);
+        self.drawn = !step.drawn.is_empty();
     }
 }
 
@@ -162,6 +173,7 @@ impl<D: Device> Cuda<D> {
             partials: None,
             picked: None,
             sampler: None,
+            sampled: VecDeque::with_capacity(SAMPLED),
             all: Memory::holding(&device, &[u32::MAX; 4])?,
             graphs: HashMap::new(),
             pass: Pass::None,
@@ -252,20 +264,29 @@ impl<D: Device> State<D> {
 
     /// Writes a step, if it is not there already.
     fn write(&mut self, device: &Arc<D>, step: &StepRows<'_>, segments: &[Segment]) -> Result<(), KernelError> {
-        assert!(step.drawn.is_empty(), "drawn tokens");
         self.make_room(device, step.tokens.len(), step.block_tables.len())?;
         self.forget_plans();
-        self.step.as_mut().expect("just made").write(step, segments)?;
+        let memory = self.step.as_mut().expect("just made");
+        memory.write(step, segments)?;
         self.written.set(step);
-        Ok(())
+        if step.drawn.is_empty() {
+            return Ok(());
+        }
+        let (sampler, _) = self.sampler.as_ref().expect("a sampling was enqueued, whose tokens are taken");
+        let (results, rows) = sampler.drawn();
+        let wrong = step.drawn.iter().find(|drawn| drawn.sample as usize >= rows);
+        assert!(wrong.is_none(), "{wrong:?} of a sampling of {rows} rows");
+        // SAFETY: the sampling has those rows, just checked.
+        unsafe { rows::take_drawn(&**device, Stream::Compute, memory, results) }
     }
 
-    /// For an operation outside of a pass: writes its rows, if they are not there already.
+    /// For an operation outside of a pass: writes its rows, if they are not there already. Drawn tokens are for passes: of the operations
+    /// that are given them, none reads tokens.
     fn write_alone(&mut self, device: &Arc<D>, step: &StepRows<'_>) -> Result<(), KernelError> {
         if self.pass != Pass::None || (self.step.is_some() && self.written.is(step)) {
             return Ok(());
         }
-        self.write(device, step, &[])
+        self.write(device, &StepRows { drawn: &[], ..*step }, &[])
     }
 
     fn lora_plan(&mut self, device: &Arc<D>, element: Element) -> Result<&LoraPlan<D>, KernelError> {
@@ -686,6 +707,7 @@ impl<D: Device> Backend for Cuda<D> {
         rows: &[SampleRow<'_>],
         out: &mut Vec<SampledRow>,
     ) -> Result<(), KernelError> {
+        assert!(self.state().sampled.is_empty(), "another sampling is enqueued and not collected: collect it first");
         self.enqueue_sample(logits, rows, out)?;
         self.collect_sample(out)
     }
@@ -703,17 +725,23 @@ impl<D: Device> Backend for Cuda<D> {
         let top = rows.iter().map(top).max().unwrap_or(0).min(logits.width());
         let mut state = self.state();
         let limits = SampleLimits { rows: rows.len().max(state.rows_max), vocab: logits.width(), top };
+        assert!(state.sampled.len() < SAMPLED, "{SAMPLED} samplings are enqueued and not collected: collect one first");
         let sampler = state.sampler(&self.device, limits)?;
         sampler.prepare(rows)?;
-        sampler.launch(Stream::Compute, logits, rows.len())
+        sampler.launch(Stream::Compute, logits, rows.len())?;
+        let sampled = sampler.fetch()?;
+        state.sampled.push_back(sampled);
+        Ok(())
     }
 
     fn collect_sample(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
-        // Taken meanwhile: who loads adapters needs the lock, and waiting takes as long as a step.
-        let (sampler, limits) = self.state().sampler.take().expect("something was enqueued");
-        let done = sampler.results(out);
-        self.state().sampler = Some((sampler, limits));
-        done
+        let mut sampled = self.state().sampled.pop_front().expect("a sampling is enqueued and not collected");
+        // Not under the lock: who loads adapters needs it, and waiting takes as long as a step.
+        sampled.collect(&self.device, out)?;
+        if let Some((sampler, _)) = &mut self.state().sampler {
+            sampler.reuse(sampled);
+        }
+        Ok(())
     }
 }
 

@@ -127,13 +127,15 @@ pub struct Properties {
     pub shared_bytes_max: u32,
 }
 
-/// A device. Every call but [`Device::read`] and [`Device::synchronise`] enqueues and returns; a fault of enqueued work is
-/// reported by any later call.
+/// A device. Every call but [`Device::read`], [`Device::landed`] and [`Device::synchronise`] enqueues and returns; a fault of enqueued
+/// work is reported by any later call.
 pub trait Device: Send + Sync + Debug + 'static {
     /// A recorded sequence of launches, to be run again with one call.
     type Graph: Send + Debug;
     /// A point in a stream.
     type Event: Send + Debug;
+    /// Host memory that bytes of the device come to while the host does something else. It may be dropped at any time.
+    type Landing: Send + Debug;
 
     /// What this is.
     fn properties(&self) -> &Properties;
@@ -170,6 +172,37 @@ pub trait Device: Send + Sync + Debug + 'static {
     /// # Safety
     /// `from` is in an allocation that goes on for `bytes.len()` bytes.
     unsafe fn read(&self, stream: Stream, from: Address, bytes: &mut [u8]) -> Result<(), KernelError>;
+
+    /// Takes host memory for [`Device::enqueue_read`].
+    ///
+    /// # Errors
+    /// A device failure.
+    fn landing(&self, bytes: usize) -> Result<Self::Landing, KernelError>;
+
+    /// Copies `bytes` bytes from the device, behind what is enqueued on the stream so far, to where [`Device::landed`] finds them. What
+    /// came there before is lost.
+    ///
+    /// # Errors
+    /// A device failure.
+    ///
+    /// # Safety
+    /// `from` is in an allocation that goes on for so many bytes.
+    ///
+    /// # Panics
+    /// When the landing has no room for them.
+    unsafe fn enqueue_read(
+        &self,
+        stream: Stream,
+        from: Address,
+        bytes: usize,
+        landing: &mut Self::Landing,
+    ) -> Result<(), KernelError>;
+
+    /// Waits until the bytes enqueued last have come, not for what was enqueued after them; none where nothing was enqueued.
+    ///
+    /// # Errors
+    /// A device failure.
+    fn landed<'a>(&self, landing: &'a mut Self::Landing) -> Result<&'a [u8], KernelError>;
 
     /// Fills `bytes` bytes with zeros.
     ///
@@ -305,6 +338,19 @@ impl<D: Device> Memory<D> {
         assert!(offset + bytes.len() <= self.bytes, "{} bytes at {offset} of {}", bytes.len(), self.bytes);
         // SAFETY: within this allocation, just checked.
         unsafe { self.device.write(Stream::Compute, self.address.plus(offset), bytes) }
+    }
+
+    /// Enqueues a copy of the first `bytes` bytes to `landing`, in order with the steps.
+    ///
+    /// # Errors
+    /// A device failure.
+    ///
+    /// # Panics
+    /// When they are not all inside, or the landing has no room for them.
+    pub fn enqueue_read(&self, bytes: usize, landing: &mut D::Landing) -> Result<(), KernelError> {
+        assert!(bytes <= self.bytes, "{bytes} bytes of {}", self.bytes);
+        // SAFETY: within this allocation, just checked.
+        unsafe { self.device.enqueue_read(Stream::Compute, self.address, bytes, landing) }
     }
 
     /// Waits for the steps, then reads `count` values from byte `offset` on.

@@ -7,7 +7,8 @@
 //! allocator's would hold some back. Giving memory back waits for both streams.
 //!
 //! **Writes** copy the caller's bytes into a ring of pinned memory, one for each stream, and return; a ring that is full waits
-//! for its oldest copy. **Reads** wait for the stream by their nature.
+//! for its oldest copy. **Reads** wait for the stream by their nature, or, where the caller brings pinned memory for them, come while
+//! it does something else.
 //!
 //! **A lost device** stays lost. After an error that leaves the context unusable (an illegal address, an ECC error, a GPU that fell
 //! off the bus) every later call returns that first error at once, so that the server stops serving instead of answering from
@@ -28,6 +29,7 @@ use super::compile::{Compiler, Job, Progress};
 pub use super::context::CudaEvent;
 use super::context::{Kernel, Pinned, Shared, Taken, locked};
 use super::device::{Address, Device, Gemm, Launch, Properties, Stream};
+pub use super::landing::CudaLanding;
 use super::library::{CublasLt, Cuda, Places};
 use super::staging::Ring;
 use crate::KernelError;
@@ -236,6 +238,7 @@ impl Drop for Recorder<'_> {
 impl Device for Driver {
     type Graph = CudaGraph;
     type Event = CudaEvent;
+    type Landing = CudaLanding;
 
     fn properties(&self) -> &Properties {
         &self.properties
@@ -309,6 +312,35 @@ impl Device for Driver {
             unsafe { std::ptr::copy_nonoverlapping(pinned.start, chunk.as_mut_ptr(), chunk.len()) };
         }
         Ok(())
+    }
+
+    fn landing(&self, bytes: usize) -> Result<Self::Landing, KernelError> {
+        let what = "taking pinned memory";
+        self.shared.enter(what)?;
+        let _turn = self.shared.unrecorded_turn(what, Stream::Copy)?;
+        CudaLanding::new(&self.shared, bytes)
+    }
+
+    unsafe fn enqueue_read(
+        &self,
+        stream: Stream,
+        from: Address,
+        bytes: usize,
+        landing: &mut Self::Landing,
+    ) -> Result<(), KernelError> {
+        let what = "reading from the device";
+        self.shared.enter(what)?;
+        let _turn = self.shared.unrecorded_turn(what, stream)?;
+        // SAFETY: the caller vouches for the bytes.
+        unsafe { landing.enqueue(stream, from, bytes) }
+    }
+
+    fn landed<'a>(&self, landing: &'a mut Self::Landing) -> Result<&'a [u8], KernelError> {
+        let what = "waiting for results";
+        self.shared.enter(what)?;
+        // Nothing is enqueued: another thread may record meanwhile.
+        let _turn = self.shared.unrecorded_turn(what, Stream::Copy)?;
+        landing.wait()
     }
 
     unsafe fn zero(&self, stream: Stream, at: Address, bytes: usize) -> Result<(), KernelError> {

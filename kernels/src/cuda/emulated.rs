@@ -122,6 +122,13 @@ pub struct Event {
     at: Instant,
 }
 
+/// Bytes as they were when their copy's turn came.
+#[derive(Debug)]
+pub struct Landing {
+    room: usize,
+    bytes: Vec<u8>,
+}
+
 /// What was recorded.
 #[derive(Clone, Debug)]
 pub struct Graph(Vec<Work>);
@@ -375,6 +382,7 @@ impl State {
 impl Device for Emulated {
     type Graph = Graph;
     type Event = Event;
+    type Landing = Landing;
 
     fn properties(&self) -> &Properties {
         &self.properties
@@ -433,6 +441,31 @@ impl Device for Emulated {
         // SAFETY: inside an allocation, just checked; the caller's slice is no device memory.
         unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
+    }
+
+    fn landing(&self, bytes: usize) -> Result<Landing, KernelError> {
+        self.enter("landing")?;
+        Ok(Landing { room: bytes, bytes: Vec::with_capacity(bytes) })
+    }
+
+    unsafe fn enqueue_read(
+        &self,
+        stream: Stream,
+        from: Address,
+        bytes: usize,
+        landing: &mut Landing,
+    ) -> Result<(), KernelError> {
+        assert!(bytes <= landing.room, "{bytes} bytes where there is room for {}", landing.room);
+        landing.bytes.resize(bytes, 0);
+        // What the stream has been given is done by then, so this is the copy's turn.
+        // SAFETY: the caller's promise.
+        unsafe { self.read(stream, from, &mut landing.bytes) }
+    }
+
+    fn landed<'a>(&self, landing: &'a mut Landing) -> Result<&'a [u8], KernelError> {
+        self.enter("landed")?;
+        self.refuse_in_capture("landed")?;
+        Ok(&landing.bytes)
     }
 
     unsafe fn zero(&self, stream: Stream, at: Address, bytes: usize) -> Result<(), KernelError> {

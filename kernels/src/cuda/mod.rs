@@ -9,6 +9,7 @@ pub mod device;
 pub mod driver;
 #[cfg(feature = "emulated")]
 pub mod emulated;
+mod landing;
 mod library;
 pub mod lora;
 pub mod measure;

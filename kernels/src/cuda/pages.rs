@@ -12,8 +12,14 @@
 //! - *An adapter, then KV*: dropping the set lets the steps enqueued from then on wait for its copies, whether the
 //!   adapter was ever used or not; its readers are earlier steps. Then its epoch becomes even.
 //! - *Written, then read*: [`CudaPageSet::settle`], before the first step with the adapter is enqueued, lets steps wait for its copies.
+//!
+//! **Tables.** Beside its pages an adapter has a table, in memory of its own: giving that back would wait for both streams, and taking it
+//! might. So tables outlive adapters, each as large as a power of two, and the next adapter that needs one as large gets it: there are
+//! never more of a size than were in use at the same time. What orders their owners is the same. A table is written by copies alone, which
+//! are in order; and it is taken before [`CudaPageSet::begin`] lets the copies wait for the steps, so that every step of whoever gave it
+//! back has been enqueued by then. Steps wait for the new owner's copies as above.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::device::{Address, Device, Element, Memory, Stream};
 use crate::pages::{Epochs, Taken};
@@ -40,6 +46,8 @@ pub struct CudaPages<D: Device> {
 pub struct CudaPageSet<D: Device> {
     arena: Arc<Arena<D>>,
     pages: Vec<Taken>,
+    /// Of [`CudaPageSet::begin`].
+    table: Option<Memory<D>>,
     /// Where the copies into them end, until steps wait for it.
     written: Mutex<Option<D::Event>>,
 }
@@ -51,9 +59,15 @@ struct Arena<D: Device> {
     memory: Memory<D>,
     page_bytes: usize,
     epochs: Epochs,
+    /// Tables of adapters that are gone.
+    tables: Mutex<Vec<Memory<D>>>,
 }
 
 impl<D: Device> Arena<D> {
+    fn tables(&self) -> MutexGuard<'_, Vec<Memory<D>>> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn address(&self, page: u32) -> Address {
         self.memory.address().plus(page as usize * self.page_bytes)
     }
@@ -68,8 +82,8 @@ impl<D: Device> CudaPages<D> {
         let bytes = pages.checked_mul(page_bytes).filter(|_| u32::try_from(pages).is_ok());
         let bytes = bytes.ok_or(KernelError::OutOfMemory { what: "the page pool", bytes: usize::MAX })?;
         let memory = Memory::new(device, bytes)?;
-        let epochs = Epochs::new(pages);
-        Ok(Self { arena: Arc::new(Arena { device: Arc::clone(device), memory, page_bytes, epochs }) })
+        let (epochs, tables) = (Epochs::new(pages), Mutex::default());
+        Ok(Self { arena: Arc::new(Arena { device: Arc::clone(device), memory, page_bytes, epochs, tables }) })
     }
 
     /// Page 0.
@@ -102,7 +116,7 @@ impl<D: Device> CudaPages<D> {
     /// [`KernelError::Page`] for a page that does not exist or is an adapter's already; then none has been taken.
     pub fn take(&mut self, pages: &[u32]) -> Result<CudaPageSet<D>, KernelError> {
         let pages = self.arena.epochs.take(pages)?;
-        Ok(CudaPageSet { arena: Arc::clone(&self.arena), pages, written: Mutex::new(None) })
+        Ok(CudaPageSet { arena: Arc::clone(&self.arena), pages, table: None, written: Mutex::new(None) })
     }
 
     /// Whether all pages of these block tables can be used as KV.
@@ -180,13 +194,45 @@ impl<D: Device> CudaPageSet<D> {
         self.arena.epochs.check_taken(&self.pages)
     }
 
-    /// Lets what is copied from now on wait for all steps enqueued so far: they may still use the pages.
+    /// Takes a table of at least `table_bytes` bytes, and lets what is copied from now on wait for all steps enqueued so far: they may
+    /// still use the pages and the table.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`] or a device failure.
+    pub(super) fn begin(&mut self, table_bytes: usize) -> Result<(), KernelError> {
+        let bytes = table_bytes.next_power_of_two();
+        let spare = {
+            let mut tables = self.arena.tables();
+            tables.iter().position(|table| table.bytes() == bytes).map(|at| tables.swap_remove(at))
+        };
+        self.table = Some(match spare {
+            Some(table) => table,
+            None => Memory::new(&self.arena.device, bytes)?,
+        });
+        let device = self.device();
+        device.wait(Stream::Copy, &device.record(Stream::Compute)?)
+    }
+
+    /// The table that [`CudaPageSet::begin`] took.
+    ///
+    /// # Panics
+    /// Before that.
+    pub(super) fn table(&self) -> &Memory<D> {
+        self.table.as_ref().expect("taken by begin")
+    }
+
+    /// Copies the table, beside the steps.
     ///
     /// # Errors
     /// A device failure.
-    pub(super) fn begin(&self) -> Result<(), KernelError> {
-        let device = self.device();
-        device.wait(Stream::Copy, &device.record(Stream::Compute)?)
+    ///
+    /// # Panics
+    /// When the bytes leave it.
+    pub(super) fn write_table(&mut self, bytes: &[u8]) -> Result<(), KernelError> {
+        let table = self.table();
+        assert!(bytes.len() <= table.bytes(), "{} bytes leave a table", bytes.len());
+        // SAFETY: within the table, which is this set's alone.
+        unsafe { self.device().write(Stream::Copy, table.address(), bytes) }
     }
 
     /// Copies `bytes` to the start of the set's page number `index`, beside the steps.
@@ -230,6 +276,7 @@ impl<D: Device> Drop for CudaPageSet<D> {
     fn drop(&mut self) {
         // A device that refuses this has failed, and runs no further step.
         let _ = self.settle();
+        self.arena.tables().extend(self.table.take());
         self.arena.epochs.give_back(&mut self.pages);
     }
 }

@@ -1,4 +1,4 @@
-//! What works row by row: embedding, RMSNorm, SwiGLU, bias, rows picked out, pages copied (`csrc/rows.cu`).
+//! What works row by row: tokens taken from the sampling before, embedding, RMSNorm, SwiGLU, bias, rows picked out, pages copied (`csrc/rows.cu`).
 //!
 //! A launch covers [`Rows::max`] rows; how many there are the kernels read on the device, and leave the others alone.
 
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::device::{Address, Device, Element, Launch, Memory, Stream};
-use super::step::Step;
+use super::step::{Step, StepMemory};
 use super::tensor::CudaTensor;
 use crate::KernelError;
 
@@ -101,6 +101,37 @@ pub struct PagePair {
     pub from: u32,
     /// The number of the page that becomes like it.
     pub to: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct DrawnParams {
+    drawn: Address,
+    results: Address,
+    tokens: Address,
+    count: u32,
+    unused: u32,
+}
+
+/// Writes the tokens of the step's drawn rows, from the results of a sampling enqueued before.
+///
+/// # Errors
+/// A device failure.
+///
+/// # Safety
+/// `results` are a sampling's ([`Sampler::drawn`](super::sample::Sampler::drawn)), which has every row that the step's drawn tokens name.
+pub unsafe fn take_drawn<D: Device>(
+    device: &D,
+    stream: Stream,
+    step: &StepMemory<D>,
+    results: Address,
+) -> Result<(), KernelError> {
+    let (drawn, count) = step.drawn();
+    let params = DrawnParams { drawn, results, tokens: step.view().tokens, count: count as u32, unused: 0 };
+    let grid = [params.count.div_ceil(ROW_THREADS), 1];
+    // SAFETY: the step's memory has the drawn tokens and the rows they name, checked when they were written; the results are the
+    // caller's promise.
+    unsafe { launch(device, stream, Launch::new("take_drawn", grid, ROW_THREADS, &params)) }
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]

@@ -4,6 +4,9 @@
 //! logits that change, each token once. The list is made here, because the history is here: one pass over the history, a counter
 //! for each token of the vocabulary, 16 bytes to the device for each token that changes. That costs 5 ns for each token of the
 //! history (measured: 41 microseconds for 8,192 tokens, 5,639 of them distinct) and nothing for rows without penalties.
+//!
+//! **Two samplings in flight.** Whatever they have on the device they share: one stream writes the requests of the second after the first
+//! has read its own, and copies the first's results to the host before the second's are there. Each has a [`Sampled`] of its own.
 
 use std::sync::Arc;
 
@@ -119,10 +122,14 @@ pub struct Sampler<D: Device> {
     requests: DeviceList<D, Request>,
     /// All rows' changes, then their starts. Grows; the requests have its addresses, so that recorded launches do not.
     changes: Memory<D>,
+    /// What it was before, each half as large at most: giving it back would wait for the device.
+    outgrown: Vec<Memory<D>>,
     split_results: Memory<D>,
     groups: [Memory<D>; 2],
     /// One for each row, then the rows' alternatives.
     results: Memory<D>,
+    /// For the results of samplings that are not in flight.
+    landings: Vec<D::Landing>,
     lists: Lists,
     /// Of the rows written last.
     host: Vec<Request>,
@@ -150,14 +157,17 @@ impl<D: Device> Sampler<D> {
         assert!(vocab > 0 && vocab < GENERATED as usize && top <= LISTED, "{limits:?}");
         let memory = |bytes| Memory::new(device, bytes);
         let groups = rows * vocab.div_ceil(GROUP) * 4;
+        let results = rows * (size_of::<Found>() + top * size_of::<FoundTop>());
         Ok(Self {
             device: Arc::clone(device),
             limits,
             requests: DeviceList::new(device, rows)?,
             changes: memory(0)?,
+            outgrown: Vec::new(),
             split_results: memory(rows * vocab.div_ceil(SPLIT) * SPLIT_RESULT_BYTES)?,
             groups: [memory(groups)?, memory(groups)?],
-            results: memory(rows * (size_of::<Found>() + top * size_of::<FoundTop>()))?,
+            results: memory(results)?,
+            landings: vec![device.landing(results)?, device.landing(results)?],
             lists: Lists::new(vocab),
             host: Vec::with_capacity(rows),
             changed: Vec::with_capacity(rows),
@@ -183,7 +193,8 @@ impl<D: Device> Sampler<D> {
         let changes_bytes = size_of_val(changes.as_slice());
         let needed = changes_bytes + size_of_val(starts.as_slice());
         if needed > self.changes.bytes() {
-            self.changes = Memory::new(&self.device, needed.next_power_of_two())?;
+            let larger = Memory::new(&self.device, needed.next_power_of_two())?;
+            self.outgrown.push(std::mem::replace(&mut self.changes, larger));
         }
         if !changes.is_empty() {
             self.changes.write(0, changes)?;
@@ -264,30 +275,68 @@ impl<D: Device> Sampler<D> {
         }
     }
 
-    /// Waits, and fills `out` with one result for each row prepared last; its buffers are reused.
+    /// Enqueues a copy of the results to the host, of as many rows as were prepared last.
     ///
     /// # Errors
     /// A device failure.
-    pub fn results(&self, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
-        if self.host.is_empty() {
-            out.clear();
-            return Ok(());
-        }
-        let found: Vec<Found> = self.results.read(0, self.host.len())?;
+    ///
+    /// # Panics
+    /// When two are in flight already.
+    pub fn fetch(&mut self) -> Result<Sampled<D>, KernelError> {
         let with_tops = self.host.iter().rposition(|request| request.top > 0).map_or(0, |last| last + 1);
-        let first = self.limits.rows * size_of::<Found>();
-        let tops: Vec<FoundTop> = match with_tops {
-            0 => Vec::new(),
-            rows => self.results.read(first, rows * self.limits.top)?,
+        let bytes = match with_tops {
+            0 => self.host.len() * size_of::<Found>(),
+            rows => self.limits.rows * size_of::<Found>() + rows * self.limits.top * size_of::<FoundTop>(),
         };
-        out.truncate(found.len());
-        out.resize_with(found.len(), SampledRow::default);
-        for (row, (found, out)) in found.iter().zip(out).enumerate() {
+        let mut landing = self.landings.pop().expect("two samplings are in flight: collect one first");
+        self.results.enqueue_read(bytes, &mut landing)?;
+        Ok(Sampled { limits: self.limits, rows: self.host.len(), landing })
+    }
+
+    /// Takes back what [`Sampler::fetch`] gave, for another.
+    pub fn reuse(&mut self, sampled: Sampled<D>) {
+        // Not that of a sampler that had less room.
+        if sampled.limits == self.limits {
+            self.landings.push(sampled.landing);
+        }
+    }
+
+    /// Where the results of the rows prepared last are on the device, and how many rows those are.
+    #[must_use]
+    pub fn drawn(&self) -> (Address, usize) {
+        (self.results.address(), self.host.len())
+    }
+}
+
+/// A sampling whose results are on their way to the host.
+#[derive(Debug)]
+pub struct Sampled<D: Device> {
+    limits: SampleLimits,
+    rows: usize,
+    landing: D::Landing,
+}
+
+impl<D: Device> Sampled<D> {
+    /// Waits for the results, not for what was enqueued after them, and fills `out` with one for each row; its buffers are reused.
+    ///
+    /// # Errors
+    /// A device failure.
+    pub fn collect(&mut self, device: &D, out: &mut Vec<SampledRow>) -> Result<(), KernelError> {
+        let bytes = device.landed(&mut self.landing)?;
+        out.truncate(self.rows);
+        out.resize_with(self.rows, SampledRow::default);
+        let tops = bytes.get(self.limits.rows * size_of::<Found>()..).unwrap_or_default();
+        for (row, (found, out)) in bytes.chunks_exact(size_of::<Found>()).zip(out).enumerate() {
+            let found: Found = bytemuck::pod_read_unaligned(found);
             (out.token, out.logprob) = (found.token, found.logprob);
             out.top.clear();
             if found.top > 0 {
-                let tops = &tops[row * self.limits.top..][..found.top as usize];
-                out.top.extend(tops.iter().map(|top| TokenLogprob { token: top.token, logprob: top.logprob }));
+                let top_of = |top: &[u8]| {
+                    let FoundTop { token, logprob } = bytemuck::pod_read_unaligned(top);
+                    TokenLogprob { token, logprob }
+                };
+                let tops = &tops[row * self.limits.top * size_of::<FoundTop>()..];
+                out.top.extend(tops.chunks_exact(size_of::<FoundTop>()).take(found.top as usize).map(top_of));
             }
         }
         Ok(())

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::device::{Address, Device, Memory};
-use crate::{KernelError, StepRows};
+use crate::{DrawnToken, KernelError, StepRows};
 
 /// `Counts` in `include/step.cuh`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -88,6 +88,8 @@ pub struct StepMemory<D: Device> {
     host: Vec<u8>,
     sequences: Vec<Sequence>,
     row_sequence: Vec<u32>,
+    /// Where the drawn tokens of what was written last are, and how many.
+    drawn: (Address, usize),
     view: Step,
 }
 
@@ -107,8 +109,9 @@ impl<D: Device> StepMemory<D> {
             rows * 4,
             rows * size_of::<Sequence>(),
             rows * size_of::<Segment>(),
-            // Last: of these there is room for far more than most steps have, and no more is copied than there are.
-            limits.table_entries * 4,
+            // Last, and behind those that a step has its drawn tokens: there is room for far more of either than most steps have, and no
+            // more is copied than there are.
+            limits.table_entries * 4 + rows * size_of::<DrawnToken>(),
         ];
         let total: usize = sizes.iter().map(|size| size.next_multiple_of(ALIGNED)).sum();
         let memory = Memory::new(device, total)?;
@@ -119,8 +122,15 @@ impl<D: Device> StepMemory<D> {
             address
         });
         let view = Step { counts, tokens, positions, row_sequence, sequences, block_tables, segments };
-        let (host, sequences, row_sequence) = (vec![0; total], Vec::with_capacity(rows), Vec::with_capacity(rows));
-        Ok(Self { limits, memory, host, sequences, row_sequence, view })
+        Ok(Self {
+            limits,
+            memory,
+            host: vec![0; total],
+            sequences: Vec::with_capacity(rows),
+            row_sequence: Vec::with_capacity(rows),
+            drawn: (block_tables, 0),
+            view,
+        })
     }
 
     /// What it has room for.
@@ -135,17 +145,26 @@ impl<D: Device> StepMemory<D> {
         self.view
     }
 
-    /// Copies a step to the device, in one copy.
+    /// The drawn tokens of the step written last, `Drawn` in `include/step.cuh`, and how many there are.
+    #[must_use]
+    pub fn drawn(&self) -> (Address, usize) {
+        self.drawn
+    }
+
+    /// Copies a step to the device, in one copy. The tokens of its drawn rows are what the host says of them, until
+    /// [`rows::take_drawn`](super::rows::take_drawn) has run.
     ///
     /// # Errors
     /// A device failure.
     ///
     /// # Panics
-    /// When it is larger than the limits.
+    /// When it is larger than the limits, or its drawn rows are not rows of it in ascending order.
     pub fn write(&mut self, step: &StepRows<'_>, segments: &[Segment]) -> Result<(), KernelError> {
         let (rows, limits) = (step.tokens.len(), self.limits);
         assert!(rows <= limits.rows && segments.len() <= limits.rows, "{rows} rows, {} segments", segments.len());
         assert!(step.block_tables.len() <= limits.table_entries, "{} table entries", step.block_tables.len());
+        let ascending = step.drawn.is_sorted_by(|a, b| a.row < b.row);
+        assert!(ascending && step.drawn.last().is_none_or(|last| (last.row as usize) < rows), "drawn rows of {rows}");
         self.sequences.clear();
         self.row_sequence.clear();
         for (number, s) in (0..).zip(step.sequences) {
@@ -153,7 +172,9 @@ impl<D: Device> StepMemory<D> {
             self.sequences.push(Sequence { row, rows, table, blocks });
             self.row_sequence.extend(std::iter::repeat_n(number, s.rows));
         }
-        let Self { host, view, memory, .. } = self;
+        // A table's entries have 4 bytes, as much as is aligned here.
+        self.drawn = (self.view.block_tables.plus(size_of_val(step.block_tables)), step.drawn.len());
+        let Self { host, view, memory, drawn, .. } = self;
         let counts = [step.tokens.len(), self.sequences.len(), segments.len()].map(|count| count as u32);
         let counts = Counts { rows: counts[0], sequences: counts[1], segments: counts[2], unused: 0 };
         let mut put = |at: Address, bytes: &[u8]| {
@@ -167,7 +188,8 @@ impl<D: Device> StepMemory<D> {
         put(view.row_sequence, bytemuck::cast_slice(&self.row_sequence));
         put(view.sequences, bytemuck::cast_slice(&self.sequences));
         put(view.segments, bytemuck::cast_slice(segments));
-        let end = put(view.block_tables, bytemuck::cast_slice(step.block_tables));
+        put(view.block_tables, bytemuck::cast_slice(step.block_tables));
+        let end = put(drawn.0, bytemuck::cast_slice(step.drawn));
         memory.write(0, &host[..end])
     }
 }

@@ -58,7 +58,7 @@ fn run(device: &Arc<Emulated>, logits: &[f32], vocab: usize, rows: &[SampleRow<'
     sampler.prepare(rows).expect("prepare");
     sampler.launch(Stream::Compute, &mut tensor, rows.len() + SPARE).expect("launch");
     let mut out = vec![SampledRow { token: 9, logprob: f32::NAN, top: Vec::new() }; 2];
-    sampler.results(&mut out).expect("results");
+    sampler.fetch().expect("a copy").collect(device, &mut out).expect("results");
     assert_eq!(bits(&tensor.values().expect("values")), bits(&all), "the logits are put back, other rows left alone");
     out
 }
@@ -496,7 +496,9 @@ fn a_recorded_graph_serves_steps_of_fewer_rows_and_other_parameters() {
             // SAFETY: all that was recorded lives on.
             unsafe { device.replay(&graph) }.expect("replay");
             let mut out = Vec::new();
-            sampler.results(&mut out).expect("results");
+            let mut sampled = sampler.fetch().expect("a copy");
+            sampled.collect(&device, &mut out).expect("results");
+            sampler.reuse(sampled);
             let eager = run(&device, &logits[..step.len() * vocab], vocab, step);
             assert_eq!(exact(&out), exact(&eager));
             assert_eq!(bits(&tensor.values().expect("values")), bits(&logits), "the logits are put back");

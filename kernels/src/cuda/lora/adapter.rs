@@ -6,14 +6,14 @@ use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use openlora_types::{AdapterSizes, AdapterWeights, Elements, Site};
 
-use super::super::device::{Address, Device, Element, Memory, Stream};
+use super::super::device::{Address, Device, Element, Memory};
 use super::super::pages::CudaPageSet;
 use super::placement::{Factor, Place, Placement, pages_needed};
 use crate::KernelError;
 use crate::pages::check_site;
 
 /// One adapter generation, resident: the rows of A, `[rank][inputs]`, and of B transposed, `[rank][outputs]`, in pages of the
-/// pool ([`super::placement`]), rounded to the device's element; and beside them the table that kernels find them by:
+/// pool ([`super::placement`]), rounded to the device's element; and beside them the set's table, that kernels find them by:
 ///
 /// ```text
 /// sites [Site::count(layers)]   rank, scale, widths of strips, addresses of the first two pieces, of the two lists below and of
@@ -33,9 +33,7 @@ pub struct CudaAdapter<D: Device> {
     number: u64,
     /// The number of the plan that its sizes were found to fit; 0 for none.
     fits: AtomicU64,
-    // Pages first: what is copied is over for steps when the table goes.
     pages: CudaPageSet<D>,
-    table: Memory<D>,
 }
 
 /// `LoraSite` in `csrc/lora.cu`.
@@ -94,24 +92,29 @@ impl<D: Device> CudaAdapter<D> {
                 needed: pages_needed(&weights.sizes(), pages.page_bytes(), element.bytes()),
                 given: pages.len(),
             })?;
-        pages.begin()?;
+        let table_bytes = table_bytes(weights, output_scales, layers, &placement);
+        pages.begin(table_bytes)?;
         let written = match element {
             Element::F32 => write_factors::<D, f32>(weights, &placement, &mut pages),
             Element::Bf16 => write_factors::<D, bf16>(weights, &placement, &mut pages),
             Element::F16 => write_factors::<D, f16>(weights, &placement, &mut pages),
         };
-        let table = written.and_then(|()| write_table(weights, output_scales, layers, &placement, &pages));
+        let written = written.and_then(|()| {
+            let table = table_of(weights, output_scales, layers, &placement, &pages);
+            assert_eq!(table.len(), table_bytes, "bytes of a table");
+            pages.write_table(&table)
+        });
         // Also of what failed half-way: who gets the pages next must wait for it.
         pages.finish()?;
-        let table = table?;
+        written?;
         let mut sizes = vec![[0; 3]; Site::count(layers)];
         for site in &weights.sites {
             sizes[site.site.index(layers)] = [site.rank(), site.a.cols, site.b.rows];
         }
-        let bytes = placement.bytes + table.bytes();
+        let bytes = placement.bytes + table_bytes;
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { sizes, element, bytes, number, fits: AtomicU64::new(0), pages, table })
+        Ok(Self { sizes, element, bytes, number, fits: AtomicU64::new(0), pages })
     }
 
     /// Unlike any other adapter's, now or before; not 0.
@@ -139,7 +142,7 @@ impl<D: Device> CudaAdapter<D> {
     /// Of its sites: what a step's segments name.
     #[must_use]
     pub fn address(&self) -> Address {
-        self.table.address()
+        self.pages.table().address()
     }
 
     /// How its numbers are held.
@@ -148,7 +151,7 @@ impl<D: Device> CudaAdapter<D> {
         self.element
     }
 
-    /// Bytes held: the factors' in their pages, and the table.
+    /// Bytes used: the factors' in their pages, and the table's.
     #[must_use]
     pub fn byte_len(&self) -> usize {
         self.bytes
@@ -168,20 +171,29 @@ impl<D: Device> CudaAdapter<D> {
     }
 }
 
-/// The table of an adapter's sites, copied to the device.
-fn write_table<D: Device>(
+/// Bytes of the table of an adapter's sites.
+fn table_bytes(
+    weights: &AdapterWeights,
+    output_scales: &[Option<Vec<f32>>],
+    layers: usize,
+    placement: &Placement,
+) -> usize {
+    let pieces = placement.sites.iter().flatten().map(|(_, places)| places.len()).sum::<usize>();
+    let vectors = weights.sites.iter().zip(output_scales);
+    let vectors = vectors.flat_map(|(site, scale)| [site.b_bias.as_deref(), scale.as_deref()]);
+    let vector_bytes: usize = vectors.flatten().map(size_of_val).sum();
+    Site::count(layers) * size_of::<SiteEntry>() + pieces * 8 + vector_bytes
+}
+
+/// The table of an adapter's sites, for where the set's is.
+fn table_of<D: Device>(
     weights: &AdapterWeights,
     output_scales: &[Option<Vec<f32>>],
     layers: usize,
     placement: &Placement,
     pages: &CudaPageSet<D>,
-) -> Result<Memory<D>, KernelError> {
-    let pieces = placement.sites.iter().flatten().map(|(_, places)| places.len()).sum::<usize>();
-    let vectors = weights.sites.iter().zip(output_scales);
-    let vectors = vectors.flat_map(|(site, scale)| [site.b_bias.as_deref(), scale.as_deref()]);
-    let vector_bytes: usize = vectors.flatten().map(size_of_val).sum();
-    let start = Site::count(layers) * size_of::<SiteEntry>();
-    let memory = Memory::new(pages.device(), start + pieces * 8 + vector_bytes)?;
+) -> Vec<u8> {
+    let (memory, start) = (pages.table(), Site::count(layers) * size_of::<SiteEntry>());
     let mut table = vec![0; start];
     // Appends, and says where.
     fn put<D: Device>(memory: &Memory<D>, table: &mut Vec<u8>, bytes: &[u8]) -> Address {
@@ -195,7 +207,7 @@ fn write_table<D: Device>(
         let [a, b] = factors.each_ref().map(|(factor, places)| {
             let addresses: Vec<Address> = places.iter().map(address).collect();
             let first = [0, 1].map(|group| if group < factor.groups() { addresses[group] } else { Address::default() });
-            (factor.width as u32, put(&memory, &mut table, bytemuck::cast_slice(&addresses)), first)
+            (factor.width as u32, put(memory, &mut table, bytemuck::cast_slice(&addresses)), first)
         });
         entries[site.site.index(layers)] = SiteEntry {
             rank: site.rank() as u32,
@@ -212,17 +224,14 @@ fn write_table<D: Device>(
     // After all addresses, so that those are aligned.
     for (site, output_scale) in weights.sites.iter().zip(output_scales) {
         let mut vector = |values: Option<&[f32]>| {
-            values.map_or(Address::default(), |values| put(&memory, &mut table, bytemuck::cast_slice(values)))
+            values.map_or(Address::default(), |values| put(memory, &mut table, bytemuck::cast_slice(values)))
         };
         let entry = &mut entries[site.site.index(layers)];
         entry.b_bias = vector(site.b_bias.as_deref());
         entry.output_scale = vector(output_scale.as_deref());
     }
     table[..start].copy_from_slice(bytemuck::cast_slice(&entries));
-    assert_eq!(table.len(), start + pieces * 8 + vector_bytes);
-    // SAFETY: as large as the allocation, just compared.
-    unsafe { pages.device().write(Stream::Copy, memory.address(), &table)? };
-    Ok(memory)
+    table
 }
 
 /// Copies the factors of all sites to their places, A as it is, B transposed: page by page, each made up here first.
