@@ -724,7 +724,7 @@ impl<D: Device> Backend for Cuda<D> {
         };
         let top = rows.iter().map(top).max().unwrap_or(0).min(logits.width());
         let mut state = self.state();
-        let limits = SampleLimits { rows: rows.len().max(state.rows_max), vocab: logits.width(), top };
+        let limits = SampleLimits { rows: logits.rows_max(), vocab: logits.width(), top };
         assert!(state.sampled.len() < SAMPLED, "{SAMPLED} samplings are enqueued and not collected: collect one first");
         let sampler = state.sampler(&self.device, limits)?;
         sampler.prepare(rows)?;

@@ -198,7 +198,7 @@ pub trait Device: Send + Sync + Debug + 'static {
         landing: &mut Self::Landing,
     ) -> Result<(), KernelError>;
 
-    /// Waits until the bytes enqueued last have come, not for what was enqueued after them; none where nothing was enqueued.
+    /// Waits until the bytes enqueued last have come, also where that was for none, not for what was enqueued after them.
     ///
     /// # Errors
     /// A device failure.

@@ -37,18 +37,18 @@ impl CudaLanding {
         assert!(bytes <= self.pinned.bytes, "{bytes} bytes where there is room for {}", self.pinned.bytes);
         self.wait()?;
         self.bytes = 0;
-        if bytes == 0 {
-            return Ok(());
-        }
         let (shared, what) = (Arc::clone(&self.pinned.shared), "reading from the device");
         let event = shared.event()?;
-        // SAFETY: there is room for the bytes, and no copy goes there: the one before has been waited for. The caller vouches for where
-        // they are read from.
-        let status = unsafe {
-            let to = self.pinned.start.cast();
-            (shared.cuda.cuMemcpyDtoHAsync_v2)(to, from.0, bytes, shared.stream(stream))
-        };
-        shared.check(what, status)?;
+        // Of no bytes there is the event, which says that what was enqueued before is done.
+        if bytes > 0 {
+            // SAFETY: there is room for the bytes, and no copy goes there: the one before has been waited for. The caller vouches for
+            // where they are read from.
+            let status = unsafe {
+                let to = self.pinned.start.cast();
+                (shared.cuda.cuMemcpyDtoHAsync_v2)(to, from.0, bytes, shared.stream(stream))
+            };
+            shared.check(what, status)?;
+        }
         // SAFETY: both are alive.
         let status = unsafe { (shared.cuda.cuEventRecord)(event.handle, shared.stream(stream)) };
         if status != 0 {

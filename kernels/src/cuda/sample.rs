@@ -250,6 +250,9 @@ impl<D: Device> Sampler<D> {
         let SampleLimits { rows, vocab, top } = self.limits;
         assert!(rows_max <= rows && rows_max <= logits.rows(), "{rows_max} rows of {}", logits.rows());
         assert!(logits.width() == vocab && logits.element() == Element::F32, "logits of another shape");
+        if rows_max == 0 {
+            return Ok(());
+        }
         let splits = vocab.div_ceil(SPLIT) as u32;
         let params = Params {
             rows: self.requests.rows().count,

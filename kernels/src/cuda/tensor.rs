@@ -74,6 +74,11 @@ impl<D: Device> CudaTensor<D> {
     pub fn rows(&self) -> usize {
         self.rows
     }
+    /// Rows it has room for.
+    #[must_use]
+    pub fn rows_max(&self) -> usize {
+        self.rows_max
+    }
     /// Numbers of a row.
     #[must_use]
     pub fn width(&self) -> usize {
