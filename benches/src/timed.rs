@@ -193,6 +193,10 @@ impl<B: Backend> Backend for Timed<B> {
         self.backend.read_tensor(tensor)
     }
 
+    fn set_rows(&self, tensor: &mut B::Tensor, rows: usize) {
+        self.backend.set_rows(tensor, rows);
+    }
+
     fn embed(
         &self,
         table: &B::Embedding,

@@ -1,5 +1,6 @@
 //! Whole steps of a model with random weights, as the engine has them: the pass (replayed where it decodes), logits of the rows that
-//! end a sequence, a greedy draw, and its result read by the host.
+//! end a sequence, a greedy draw, and its result read by the host. Each is enqueued before the result of the one before it is read;
+//! rows that decode take the tokens that this one draws.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use openlora_kernels::cuda::device::{Device, Element, Stream};
 use openlora_kernels::cuda::lora::CudaAdapter;
 use openlora_kernels::cuda::measure::Work;
 use openlora_kernels::cuda::pages::CudaPages;
-use openlora_kernels::{Backend, LoraRows, SampleRow, SampledRow, SequenceRows, StepRows};
+use openlora_kernels::{Backend, DrawnToken, LoraRows, SampleRow, SampledRow, SequenceRows, StepRows};
 use openlora_model::conformance::segments;
 use openlora_model::{Activations, LoadOptions, Model, ModelFiles};
 use openlora_types::{AdapterWeights, Limits, ModelShape, Module, SamplingParams};
@@ -32,7 +33,7 @@ pub struct Size {
     pub context: usize,
 }
 
-/// What steps took.
+/// What steps took, from the end of the one before.
 #[derive(Clone, Copy, Debug)]
 pub struct StepTiming {
     /// Median by the device's clock.
@@ -41,7 +42,7 @@ pub struct StepTiming {
     pub best: f64,
     /// The slowest.
     pub worst: f64,
-    /// Median by the host's.
+    /// Median by the host's, from result to result.
     pub wall_ms: f64,
 }
 
@@ -128,7 +129,8 @@ impl<D: Device> Rig<D> {
             let count = at_once.min(sequences - first);
             for start in (0..context).step_by(rows) {
                 let rows = rows.min(context - start);
-                self.step(first, Size { sequences: count, rows, context: start + rows }, &vec![None; count])?;
+                self.enqueue(first, Size { sequences: count, rows, context: start + rows }, &vec![None; count], false)?;
+                self.collect()?;
             }
         }
         eprintln!("{} sequences of {context} tokens prefilled in {:.1} s", sequences, began.elapsed().as_secs_f64());
@@ -185,21 +187,35 @@ impl<D: Device> Rig<D> {
         Work { bytes, flops: 2.0 * linears * all_rows + 2.0 * head * sequences as f64 + attention + lora }
     }
 
-    /// One step of the sequences from `first` on, each with an adapter or none, neighbours by adapter. Milliseconds by the device's
-    /// clock and by the host's.
-    fn step(&mut self, first: usize, size: Size, adapters: &[Option<&CudaAdapter<D>>]) -> Result<(f64, f64)> {
+    /// Enqueues one step of the sequences from `first` on, each with an adapter or none, neighbours by adapter, its tokens drawn by the
+    /// step before where `drawn` says so. Where it ends on the device.
+    fn enqueue(
+        &mut self,
+        first: usize,
+        size: Size,
+        adapters: &[Option<&CudaAdapter<D>>],
+        drawn: bool,
+    ) -> Result<D::Event> {
         let Size { sequences, rows, context } = size;
         let blocks = context.div_ceil(BLOCK);
         let stride = self.room.context.div_ceil(BLOCK);
         let vocab = self.shape().vocab;
-        let tokens: Vec<u32> = (0..sequences * rows).map(|row| (row * 7919 % vocab) as u32).collect();
+        let known = |row: usize| if drawn { 0 } else { (row * 7919 % vocab) as u32 };
+        let tokens: Vec<u32> = (0..sequences * rows).map(known).collect();
+        let drawn: Vec<_> =
+            (0..sequences as u32).filter(|_| drawn).map(|row| DrawnToken { row, sample: row }).collect();
         let positions: Vec<u32> = (0..sequences * rows).map(|row| (context - rows + row % rows) as u32).collect();
         let spans: Vec<_> =
             (0..sequences).map(|i| SequenceRows { row: i * rows, rows, table: i * blocks, blocks }).collect();
         let tables: Vec<u32> =
             (0..sequences * blocks).map(|i| ((first + i / blocks) * stride + i % blocks) as u32).collect();
-        let step =
-            StepRows { tokens: &tokens, drawn: &[], positions: &positions, sequences: &spans, block_tables: &tables };
+        let step = StepRows {
+            tokens: &tokens,
+            drawn: &drawn,
+            positions: &positions,
+            sequences: &spans,
+            block_tables: &tables,
+        };
         let of_rows: Vec<_> = adapters.iter().flat_map(|adapter| std::iter::repeat_n(*adapter, rows)).collect();
         let (all, ends) = (segments(&of_rows), segments(adapters));
         let wanted: Vec<u32> = (0..sequences).map(|i| ((i + 1) * rows - 1) as u32).collect();
@@ -209,17 +225,18 @@ impl<D: Device> Rig<D> {
             SampleRow::Draw { params: &params, sample_index: 0, prompt: &[], generated: &[], banned: &[], top: 0 };
         let draws = vec![draw; sequences];
         let Self { model, act, pool, sampled, .. } = self;
-        let device = Arc::clone(model.backend().device());
-        let began = Instant::now();
-        let from = device.record_timed(Stream::Compute)?;
         let ends = LoraRows { segments: &ends };
         model.forward(act, &step, &LoraRows { segments: &all }, (&wanted, &ends), pool)?;
         let logits = model.logits(act, &logit_rows, &ends)?;
-        model.backend().sample(logits, &draws, sampled)?;
-        let to = device.record_timed(Stream::Compute)?;
-        let wall = began.elapsed().as_secs_f64() * 1e3;
-        ensure!(sampled.iter().all(|row| row.logprob.is_finite()), "a step's log-probabilities are not finite");
-        Ok((f64::from(device.elapsed(&from, &to)?), wall))
+        model.backend().enqueue_sample(logits, &draws, sampled)?;
+        Ok(model.backend().device().record_timed(Stream::Compute)?)
+    }
+
+    /// Reads the result of the oldest step that is enqueued.
+    fn collect(&mut self) -> Result<()> {
+        self.model.backend().collect_sample(&mut self.sampled)?;
+        ensure!(self.sampled.iter().all(|row| row.logprob.is_finite()), "a step's log-probabilities are not finite");
+        Ok(())
     }
 
     /// The medians of `samples` steps, `adapters(i)` being those of step i.
@@ -236,15 +253,22 @@ impl<D: Device> Rig<D> {
         D: 'a,
     {
         const WARM: usize = 3;
-        for i in 0..WARM {
-            self.step(0, size, &adapters(i))?;
+        let (mut ends, mut results): (Vec<D::Event>, Vec<Instant>) = Default::default();
+        for i in 0..WARM + samples {
+            let drawn = i > 0 && size.rows == 1;
+            ends.push(self.enqueue(0, size, &adapters(i), drawn)?);
+            if i > 0 {
+                self.collect()?;
+                results.push(Instant::now());
+            }
         }
-        let (mut device, mut wall) = (Vec::new(), Vec::new());
-        for i in WARM..WARM + samples {
-            let (by_device, by_host) = self.step(0, size, &adapters(i))?;
-            device.push(by_device);
-            wall.push(by_host);
-        }
+        self.collect()?;
+        results.push(Instant::now());
+        let milliseconds = |(from, to): (&D::Event, &D::Event)| self.model.backend().device().elapsed(from, to);
+        let device: Result<Vec<f32>, _> = ends[WARM - 1..].iter().zip(&ends[WARM..]).map(milliseconds).collect();
+        let mut device: Vec<f64> = device?.into_iter().map(f64::from).collect();
+        let wall = results[WARM - 1..].windows(2).map(|two| (two[1] - two[0]).as_secs_f64() * 1e3);
+        let mut wall: Vec<f64> = wall.collect();
         device.sort_by(f64::total_cmp);
         wall.sort_by(f64::total_cmp);
         let (best, worst) = (device[0], device[samples - 1]);
