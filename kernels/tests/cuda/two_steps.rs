@@ -9,7 +9,7 @@ use openlora_kernels::cuda::pages::CudaPages;
 use openlora_kernels::cuda::tensor::CudaTensor;
 use openlora_kernels::{
     AttentionSpec, Backend, BlockFormat, DrawnToken, ForwardScope, KernelError, LoraRows, Numbers, SampleRow,
-    SampledRow, SequenceRows, StepRows, TensorSource,
+    SampledRow, StepRows, TensorSource,
 };
 use openlora_types::{SamplingParams, Token};
 
@@ -159,13 +159,12 @@ impl Passes {
         out.iter().map(|row| row.token).collect()
     }
 
-    /// The tokens that a pass sees.
+    /// The tokens that a pass sees. It has rows and no sequences, as what an embedding alone writes.
     fn pass(&mut self, tokens: &[Token], drawn: &[(u32, u32)]) -> Vec<f32> {
         let drawn: Vec<_> = drawn.iter().map(|(row, sample)| DrawnToken { row: *row, sample: *sample }).collect();
         let positions = vec![0; tokens.len()];
-        let sequences = [SequenceRows { row: 0, rows: tokens.len(), table: 0, blocks: 1 }];
         let (lora, rows_max) = (LoraRows { segments: &[] }, 8);
-        let rows = StepRows { tokens, drawn: &drawn, positions: &positions, sequences: &sequences, block_tables: &[0] };
+        let rows = StepRows { tokens, drawn: &drawn, positions: &positions, sequences: &[], block_tables: &[] };
         let scope = ForwardScope { tensors: 1, rows: &rows, lora: &lora, rows_max, all_wanted: true };
         let mut out = self.backend.new_tensor(Numbers::F32, rows_max, 4).expect("memory");
         let Self { backend, table, pages } = self;
