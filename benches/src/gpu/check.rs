@@ -245,11 +245,9 @@ fn golden<D: Device>(checks: &mut Checks<'_>, device: &Arc<D>, element: Element,
 }
 
 /// A model and two adapters of its.
-fn adapted<D: Device>(
-    device: &Arc<D>,
-    element: Element,
-    fixtures: &Path,
-) -> Result<(Host<Cuda<D>>, [CudaAdapter<D>; 2])> {
+type Adapted<D> = (Host<Cuda<D>>, [CudaAdapter<D>; 2]);
+
+fn adapted<D: Device>(device: &Arc<D>, element: Element, fixtures: &Path) -> Result<Adapted<D>> {
     let host = open(device, element, &fixtures.join("models/llama3"))?;
     let load = |name: &str| -> Result<_> {
         Ok(host.load(&*read_folder(&fixtures.join("adapters-tiny/llama3").join(name), host.files())?))
