@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use openlora_kernels::{Backend, LoraRows, LoraSegment, SequenceRows, StepRows};
-use openlora_types::{AdapterWeights, Token};
+use openlora_kernels::{Backend, DrawnToken, LoraRows, LoraSegment, SampleRow, SampledRow, SequenceRows, StepRows};
+use openlora_types::{AdapterWeights, SamplingParams, Token};
 use serde::Deserialize;
 
 use crate::{Activations, LoadOptions, Model, ModelFiles};
@@ -72,6 +72,7 @@ pub struct Host<B: Backend> {
     files: Arc<ModelFiles>,
     act: Activations<B>,
     kv: B::Pages,
+    drawn: Vec<SampledRow>,
     /// Fills pages with NaN.
     poison: fn(&mut B::Pages),
 }
@@ -102,7 +103,7 @@ impl<B: Backend> Host<B> {
         assert_eq!(last.0, last.1, "progress ends at the total");
         let act = model.new_activations().expect("memory");
         let kv = model.backend().new_pages(model.attention_spec(), model.layers(), pages).expect("memory");
-        Self { model, files, tolerance: Tolerance::F32, act, kv, poison }
+        Self { model, files, tolerance: Tolerance::F32, act, kv, drawn: Vec::new(), poison }
     }
 
     /// The model's files.
@@ -166,6 +167,14 @@ impl<B: Backend> Host<B> {
     /// # Panics
     /// When it does not fit or the backend fails.
     pub fn step_wanted(&mut self, sequences: &[Rows<'_, B::Adapter>], wanted: &[u32]) -> Vec<f32> {
+        self.step_drawn(sequences, &[], wanted)
+    }
+
+    /// As [`Self::step_wanted`], with tokens that only the device knows.
+    ///
+    /// # Panics
+    /// When it does not fit or the backend fails.
+    pub fn step_drawn(&mut self, sequences: &[Rows<'_, B::Adapter>], drawn: &[DrawnToken], wanted: &[u32]) -> Vec<f32> {
         let mut tokens = Vec::new();
         let mut positions = Vec::new();
         let mut spans = Vec::new();
@@ -179,8 +188,7 @@ impl<B: Backend> Host<B> {
             tables.extend(sequence.blocks);
             adapters.extend(std::iter::repeat_n(sequence.adapter, rows));
         }
-        let step =
-            StepRows { tokens: &tokens, drawn: &[], positions: &positions, sequences: &spans, block_tables: &tables };
+        let step = StepRows { tokens: &tokens, drawn, positions: &positions, sequences: &spans, block_tables: &tables };
         let segments = segments(&adapters);
         let lora = LoraRows { segments: &segments };
         let adapters: Vec<_> = wanted.iter().map(|row| adapters[*row as usize]).collect();
@@ -198,6 +206,29 @@ impl<B: Backend> Host<B> {
         }
         assert_eq!(all.len(), wanted.len() * self.model.shape().vocab);
         all
+    }
+
+    /// Enqueues a draw from each of these among the wanted rows of the last step, in that order, with their adapters.
+    ///
+    /// # Panics
+    /// When they do not fit or the backend fails.
+    pub fn enqueue_draws(&mut self, rows: &[u32], adapters: &[Option<&B::Adapter>]) {
+        let segments = segments(adapters);
+        let logits = self.model.logits(&mut self.act, rows, &LoraRows { segments: &segments }).expect("the rows fit");
+        let params = SamplingParams { temperature: 1.5, seed: 11, ..SamplingParams::default() };
+        let draw =
+            SampleRow::Draw { params: &params, sample_index: 0, prompt: &[], generated: &[], banned: &[], top: 0 };
+        let draws = vec![draw; rows.len()];
+        self.model.backend().enqueue_sample(logits, &draws, &mut self.drawn).expect("a sound device");
+    }
+
+    /// What [`Self::enqueue_draws`] drew that has not been collected.
+    ///
+    /// # Panics
+    /// When nothing was enqueued or the backend fails.
+    pub fn collect_draws(&mut self) -> Vec<Token> {
+        self.model.backend().collect_sample(&mut self.drawn).expect("a sound device");
+        self.drawn.iter().map(|row| row.token).collect()
     }
 
     /// Logits of a prompt alone, in one step.
@@ -379,6 +410,57 @@ pub fn replayed_passes_have_the_bits_of_run_ones<B: Backend>(host: &mut Host<B>,
         }
     }
     compared
+}
+
+/// That a step which takes tokens from a sampling has the bits of one which is given them, whatever adapters are in it: where every
+/// sequence decodes (which may be replayed), and where one has more rows (which is not). The backend is an
+/// [asynchronous](Backend::is_asynchronous) one. How many rows were compared.
+///
+/// # Panics
+/// When a bit differs.
+pub fn drawn_tokens_give_the_bits_of_written_ones<B: Backend>(host: &mut Host<B>, adapters: &[B::Adapter; 2]) -> usize {
+    let prompts: [Vec<Token>; 4] = [vec![1, 2, 3, 4, 5], vec![9], vec![7; 20], vec![30, 29, 28]];
+    let tables: [Vec<u32>; 4] = [0, 2, 4, 6].map(|first| blocks_for(32, first));
+    let ends = prompts.each_ref().map(Vec::len);
+    let [one, other] = adapters;
+    // The sequence of each row of the sampling. The second is given its next tokens all the same.
+    const DRAWS: [usize; 4] = [2, 3, 1, 0];
+    let mut compared = 0;
+    for (mix, chunk) in [([None; 4], 1), ([None; 4], 3), ([Some(one), Some(other), None, Some(other)], 1)] {
+        let draw = |host: &mut Host<B>| {
+            host.forget();
+            host.step_wanted(&rows_of(&prompts, [0; 4], &tables, mix), &[4, 5, 25, 28]);
+            host.enqueue_draws(&DRAWS.map(|i| i as u32), &DRAWS.map(|i| mix[i]));
+        };
+        let next = |tokens: [Token; 4]| [vec![tokens[0]], vec![8; chunk], vec![tokens[2]], vec![tokens[3]]];
+        draw(host);
+        let drawn = host.collect_draws();
+        let mut tokens = [0; 4];
+        DRAWS.iter().zip(&drawn).for_each(|(i, token)| tokens[*i] = *token);
+        let wanted: Vec<u32> = (0..chunk as u32 + 3).collect();
+        let written = host.step_wanted(&rows_of(&next(tokens), ends, &tables, mix), &wanted);
+
+        draw(host);
+        let [third, last] = [1, 2].map(|row| (row + chunk) as u32);
+        let taken = [(0, 3), (third, 0), (last, 1)].map(|(row, sample)| DrawnToken { row, sample });
+        let found = host.step_drawn(&rows_of(&next([0; 4]), ends, &tables, mix), &taken, &wanted);
+        assert_eq!(host.collect_draws(), drawn, "what is drawn twice from the same logits");
+        assert!(written.iter().all(|logit| logit.is_finite()), "a logit is not finite");
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&found) == bits(&written), "{tokens:?}, chunks of {chunk}: drawn tokens give other bits");
+        compared += wanted.len();
+    }
+    compared
+}
+
+/// Rows of four sequences from the positions `starts` on.
+fn rows_of<'a, A>(
+    tokens: &'a [Vec<Token>; 4],
+    starts: [usize; 4],
+    tables: &'a [Vec<u32>; 4],
+    adapters: [Option<&'a A>; 4],
+) -> [Rows<'a, A>; 4] {
+    [0, 1, 2, 3].map(|i| Rows { tokens: &tokens[i], start: starts[i], blocks: &tables[i], adapter: adapters[i] })
 }
 
 /// Block numbers `first..` for so many tokens.

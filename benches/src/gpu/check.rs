@@ -14,9 +14,12 @@ use openlora_kernels::conformance::{self as operations_of_backends, Rounding, op
 use openlora_kernels::cpu::{Cpu, Isa};
 use openlora_kernels::cuda::Cuda;
 use openlora_kernels::cuda::device::{Device, Element};
+use openlora_kernels::cuda::lora::CudaAdapter;
 use openlora_kernels::cuda::pages::CudaPages;
 use openlora_model::ModelFiles;
-use openlora_model::conformance::{Case, Host, Tolerance, replayed_passes_have_the_bits_of_run_ones};
+use openlora_model::conformance::{
+    Case, Host, Tolerance, drawn_tokens_give_the_bits_of_written_ones, replayed_passes_have_the_bits_of_run_ones,
+};
 use openlora_types::Limits;
 use serde::Serialize;
 
@@ -145,6 +148,9 @@ pub fn run<D: Device>(device: &Arc<D>, options: &Options, told: &mut dyn FnMut(&
     }
     for &element in &options.elements {
         checks.run(format!("replay against run, {}", element.suffix()), || replay(device, element, &options.fixtures));
+        checks.run(format!("tokens taken on the device, {}", element.suffix()), || {
+            drawn(device, element, &options.fixtures)
+        });
     }
     for (i, &element) in options.elements.iter().enumerate() {
         // The numbers that serve get most of the steps; what the steps are compared with takes as long for all.
@@ -238,12 +244,25 @@ fn golden<D: Device>(checks: &mut Checks<'_>, device: &Arc<D>, element: Element,
     });
 }
 
-fn replay<D: Device>(device: &Arc<D>, element: Element, fixtures: &Path) -> Result<Passed> {
-    let mut host = open(device, element, &fixtures.join("models/llama3"))?;
+/// A model and two adapters of its.
+type Adapted<D> = (Host<Cuda<D>>, [CudaAdapter<D>; 2]);
+
+fn adapted<D: Device>(device: &Arc<D>, element: Element, fixtures: &Path) -> Result<Adapted<D>> {
+    let host = open(device, element, &fixtures.join("models/llama3"))?;
     let load = |name: &str| -> Result<_> {
         Ok(host.load(&*read_folder(&fixtures.join("adapters-tiny/llama3").join(name), host.files())?))
     };
     let adapters = [load("all-linear")?, load("embed-head")?];
+    Ok((host, adapters))
+}
+
+fn drawn<D: Device>(device: &Arc<D>, element: Element, fixtures: &Path) -> Result<Passed> {
+    let (mut host, adapters) = adapted(device, element, fixtures)?;
+    Ok(Passed::bits(drawn_tokens_give_the_bits_of_written_ones(&mut host, &adapters)))
+}
+
+fn replay<D: Device>(device: &Arc<D>, element: Element, fixtures: &Path) -> Result<Passed> {
+    let (mut host, adapters) = adapted(device, element, fixtures)?;
     let compared = replayed_passes_have_the_bits_of_run_ones(&mut host, &adapters);
     let recorded = host.model.backend().recorded();
     anyhow::ensure!(recorded == 2, "{recorded} passes were recorded, not one without and one with adapters");

@@ -9,3 +9,4 @@ mod rope;
 mod rows;
 mod sample;
 mod support;
+mod two_steps;

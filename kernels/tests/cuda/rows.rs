@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use openlora_kernels::cuda::device::{Device, Element, Memory, Stream};
+use openlora_kernels::cuda::device::{Address, Device, Element, Memory, Stream};
 use openlora_kernels::cuda::emulated::Emulated;
 use openlora_kernels::cuda::rows::{
-    DeviceList, NormWeight, PagePair, Rows, add_bias, add_rms_norm, copy_blocks, embed, gather_rows, swiglu,
+    DeviceList, NormWeight, PagePair, Rows, add_bias, add_rms_norm, copy_blocks, embed, gather_rows, swiglu, take_drawn,
 };
 use openlora_kernels::cuda::step::{StepLimits, StepMemory};
 use openlora_kernels::cuda::tensor::CudaTensor;
-use openlora_kernels::{SequenceRows, StepRows, reference};
+use openlora_kernels::{DrawnToken, SequenceRows, StepRows, reference};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -110,6 +110,61 @@ fn step_of(device: &Arc<Emulated>, tokens: &[u32]) -> StepMemory<Emulated> {
     step.write(&StepRows { tokens, drawn: &[], positions: &positions, sequences: &sequences, block_tables: &[] }, &[])
         .expect("write");
     step
+}
+
+#[test]
+fn drawn_rows_take_their_tokens_from_a_sampling_and_others_keep_theirs() {
+    sanitised(|| {
+        let device = emulated();
+        // As many as one block takes, one more, and so on; every other row, in the opposite order of the sampling's.
+        for count in [1, 3, 256, 257, 700] {
+            let tokens: Vec<u32> = (0..2 * count).map(|row| if row % 2 == 1 { 0 } else { 5_000 + row }).collect();
+            let drawn: Vec<_> = (0..count).map(|i| DrawnToken { row: 2 * i + 1, sample: count - 1 - i }).collect();
+            let results: Vec<u32> = (0..count).flat_map(|sample| [9_000 + sample, 1, 2, 3]).collect();
+            let results = Memory::holding(&device, &results).expect("memory");
+            let mut step =
+                StepMemory::new(&device, StepLimits { rows: tokens.len(), table_entries: 3 }).expect("memory");
+            let sequences = [SequenceRows { row: 0, rows: tokens.len(), table: 0, blocks: 3 }];
+            let (positions, block_tables) = (vec![1; tokens.len()], [7, 8, 9]);
+            let rows = StepRows {
+                tokens: &tokens,
+                drawn: &drawn,
+                positions: &positions,
+                sequences: &sequences,
+                block_tables: &block_tables,
+            };
+            step.write(&rows, &[]).expect("write");
+            // SAFETY: there is a result for each sample named.
+            unsafe { take_drawn(&*device, Stream::Compute, &step, results.address()) }.expect("launch");
+            let read = |at: Address, count: usize| {
+                let mut found = vec![0_u32; count];
+                // SAFETY: the step has so many.
+                unsafe { device.read(Stream::Compute, at, bytemuck::cast_slice_mut(&mut found)) }.expect("read");
+                found
+            };
+            let token = |row: u32| if row % 2 == 1 { 9_000 + count - 1 - row / 2 } else { 5_000 + row };
+            assert_eq!(read(step.view().tokens, tokens.len()), (0..2 * count).map(token).collect::<Vec<_>>());
+            assert_eq!(read(step.view().block_tables, 3), block_tables);
+        }
+    });
+}
+
+fn write_drawn(drawn: &[DrawnToken]) {
+    let mut step = StepMemory::new(&emulated(), StepLimits { rows: 4, table_entries: 1 }).expect("memory");
+    let rows = StepRows { tokens: &[0; 3], drawn, positions: &[0; 3], sequences: &[], block_tables: &[] };
+    step.write(&rows, &[]).expect("write");
+}
+
+#[test]
+#[should_panic(expected = "drawn rows of 3")]
+fn a_drawn_row_that_the_step_does_not_have_is_refused() {
+    write_drawn(&[DrawnToken { row: 3, sample: 0 }]);
+}
+
+#[test]
+#[should_panic(expected = "drawn rows of 3")]
+fn drawn_rows_out_of_order_are_refused() {
+    write_drawn(&[DrawnToken { row: 1, sample: 0 }, DrawnToken { row: 1, sample: 2 }]);
 }
 
 #[test]

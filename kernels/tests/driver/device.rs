@@ -1,6 +1,7 @@
 //! The driver's part of a device, against a stand-in (`fake.rs`). What does not ask the stand-in runs on a real GPU too:
 //! `cargo nextest run -p openlora-kernels --test driver --run-ignored only on_a_gpu`, a process for each test.
 
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 
@@ -8,7 +9,7 @@ use bytemuck::{NoUninit, Pod, Zeroable};
 use half::bf16;
 use openlora_kernels::KernelError;
 use openlora_kernels::cuda::device::{Address, Device, Element, Gemm, Launch, Memory, Stream};
-use openlora_kernels::cuda::driver::{Driver, Options, Products};
+use openlora_kernels::cuda::driver::{CudaLanding, Driver, Options, Products};
 
 use super::fake::{Fake, open};
 
@@ -129,6 +130,61 @@ fn time_passes_between_two_points(driver: &Arc<Driver>) {
     let untimed = driver.record(Stream::Compute).unwrap();
     let error = text(driver.elapsed(&first, &untimed).unwrap_err());
     assert!(error.ends_with("their time was not kept"), "{error}");
+}
+
+/// Enqueues a copy of the first `count` numbers.
+fn enqueue_read(
+    driver: &Driver,
+    memory: &Memory<Driver>,
+    count: usize,
+    landing: &mut CudaLanding,
+) -> Result<(), KernelError> {
+    assert!(count * 4 <= memory.bytes());
+    // SAFETY: within the allocation, just checked.
+    unsafe { driver.enqueue_read(Stream::Compute, memory.address(), count * 4, landing) }
+}
+
+fn landed(driver: &Driver, landing: &mut CudaLanding) -> Vec<u32> {
+    driver.landed(landing).unwrap().chunks_exact(4).map(bytemuck::pod_read_unaligned).collect()
+}
+
+fn results_are_as_of_where_they_were_enqueued(driver: &Arc<Driver>) {
+    let memory = Memory::holding(driver, &numbers(1000, 0)).unwrap();
+    let mut landings = [driver.landing(4000).unwrap(), driver.landing(4000).unwrap()];
+    assert!(driver.landed(&mut landings[0]).unwrap().is_empty(), "nothing was enqueued");
+    for round in 0..300 {
+        let [older, newer] = &mut landings;
+        add(driver, Stream::Compute, memory.address(), 1000, 3).unwrap();
+        enqueue_read(driver, &memory, 1000, older).unwrap();
+        add(driver, Stream::Compute, memory.address(), 1000, 4).unwrap();
+        enqueue_read(driver, &memory, round, newer).unwrap();
+        let seed = 7 * round as u32;
+        assert_eq!(landed(driver, older), numbers(1000, seed + 3));
+        assert_eq!(landed(driver, newer), numbers(round, seed + 7));
+        assert_eq!(landed(driver, newer), numbers(round, seed + 7), "it stays");
+    }
+    // One that nobody waits for is lost in the next, or with its memory.
+    let [landing, other] = &mut landings;
+    enqueue_read(driver, &memory, 10, landing).unwrap();
+    enqueue_read(driver, &memory, 5, landing).unwrap();
+    assert_eq!(landed(driver, landing), numbers(5, 2100));
+    enqueue_read(driver, &memory, 10, other).unwrap();
+    drop(landings);
+
+    let mut small = driver.landing(4).unwrap();
+    assert!(catch_unwind(AssertUnwindSafe(|| enqueue_read(driver, &memory, 2, &mut small))).is_err(), "no room");
+    driver
+        .capture(&mut || {
+            let not = |outcome: Result<(), KernelError>| {
+                let error = text(outcome.unwrap_err());
+                assert!(error.ends_with("not while steps are recorded"), "{error}");
+            };
+            not(enqueue_read(driver, &memory, 1, &mut small));
+            not(driver.landed(&mut small).map(drop));
+            not(driver.landing(4).map(drop));
+            Ok(())
+        })
+        .unwrap();
 }
 
 fn recorded_steps_are_replayed(driver: &Arc<Driver>) {
@@ -342,6 +398,7 @@ mod with_a_stand_in {
         kernels_run_in_order;
         streams_wait_for_each_other;
         time_passes_between_two_points;
+        results_are_as_of_where_they_were_enqueued;
         recorded_steps_are_replayed;
         what_other_threads_do_is_no_part_of_a_recording;
         a_recording_that_fails_leaves_nothing;
@@ -372,6 +429,7 @@ mod on_a_gpu {
         kernels_run_in_order;
         streams_wait_for_each_other;
         time_passes_between_two_points;
+        results_are_as_of_where_they_were_enqueued;
         recorded_steps_are_replayed;
         what_other_threads_do_is_no_part_of_a_recording;
         a_recording_that_fails_leaves_nothing;
@@ -516,24 +574,60 @@ fn writes_return_without_waiting() {
 }
 
 #[test]
+fn results_are_waited_for_alone_and_take_nothing_from_the_driver() {
+    let fake = Fake::new();
+    let driver = fake.open().unwrap();
+    let memory = Memory::holding(&driver, &[0_u32]).unwrap();
+    let mut landings = [driver.landing(4).unwrap(), driver.landing(4).unwrap()];
+    let taken = || ["cuMemHostAlloc", "cuMemAlloc_v2", "cuEventCreate"].map(|function| fake.calls(function));
+    let whole = || fake.calls("cuStreamSynchronize");
+    let mut before = None;
+    for round in 0..100 {
+        let [older, newer] = &mut landings;
+        let base = 30 * round;
+        for (landing, value) in [(&mut *older, 10), (newer, 20)] {
+            add(&driver, Stream::Compute, memory.address(), 1, value).unwrap();
+            enqueue_read(&driver, &memory, 1, landing).unwrap();
+        }
+        assert_eq!(landed(&driver, older), [base + 10]);
+        assert_eq!(fake.number(memory.address()), base + 10, "what was enqueued later has not run");
+        assert_eq!(landed(&driver, newer), [base + 30]);
+        // The first round's events are there to be used again.
+        assert_eq!(*before.get_or_insert((taken(), whole())), (taken(), whole()), "round {round}");
+    }
+}
+
+#[test]
 fn a_lost_device_stays_lost() {
     // What the driver says later, by a call that has nothing to do with the fault.
-    for call in ["cuLaunchKernel", "cuStreamSynchronize", "cuMemcpyHtoDAsync_v2", "cuEventRecord", "cublasLtMatmul"] {
+    for call in [
+        "cuLaunchKernel",
+        "cuStreamSynchronize",
+        "cuEventSynchronize",
+        "cuMemcpyHtoDAsync_v2",
+        "cuMemcpyDtoHAsync_v2",
+        "cuEventRecord",
+        "cublasLtMatmul",
+    ] {
         let fake = Fake::new();
         let driver = fake.open().unwrap();
         let memory = Memory::holding(&driver, &[0_u32; 4]).unwrap();
         let event = driver.record(Stream::Compute).unwrap();
         let graph = driver.capture(&mut || Ok(())).unwrap();
+        let landings = [(); 2].map(|()| RefCell::new(driver.landing(4).unwrap()));
+        enqueue_read(&driver, &memory, 1, &mut landings[0].borrow_mut()).unwrap();
         // cuBLASLt's own words for it.
         fake.fail(call, if call == "cublasLtMatmul" { 13 } else { 700 }, 0);
         let gemm = product([1, 1, 1], Element::F32, [&memory; 3]);
         let at = memory.address();
-        let calls: [&dyn Fn() -> Result<(), KernelError>; 10] = [
+        let calls: [&dyn Fn() -> Result<(), KernelError>; 12] = [
             &|| add(&driver, Stream::Compute, at, 1, 1),
             &|| write(&driver, Stream::Compute, at, &[1_u32]),
             &|| driver.record(Stream::Copy).map(drop),
             // SAFETY: the memory is alive.
             &|| unsafe { driver.gemm(Stream::Compute, &gemm) },
+            &|| driver.landed(&mut landings[0].borrow_mut()).map(drop),
+            &|| enqueue_read(&driver, &memory, 1, &mut landings[1].borrow_mut()),
             &|| driver.synchronise(),
             &|| read::<u32>(&driver, Stream::Compute, at, 1).map(drop),
             &|| driver.memory_free().map(drop),
@@ -553,7 +647,7 @@ fn a_lost_device_stays_lost() {
         assert!(text(driver.capture(&mut || panic!("recorded")).unwrap_err()) == first);
         // Without asking the driver again.
         assert_eq!(fake.calls("cuCtxSetCurrent"), before);
-        drop((graph, event, memory, driver));
+        drop((landings, graph, event, memory, driver));
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use openlora_kernels::KernelError;
 use openlora_kernels::cuda::Places;
 use openlora_kernels::cuda::compile::Job;
+use openlora_kernels::cuda::device::Address;
 use openlora_kernels::cuda::driver::{Driver, Options, Products};
 use openlora_kernels::cuda::sources::{HEADERS, Source, nvrtc_options};
 
@@ -125,6 +126,15 @@ impl Fake {
         unsafe {
             let function = self.function(c"fake_version");
             std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(function)(version);
+        }
+    }
+
+    /// What a place in device memory holds by now, whatever is enqueued.
+    pub(crate) fn number(&self, at: Address) -> u32 {
+        // SAFETY: the signature that fake.cpp has; tests name places within their own allocations, of host memory.
+        unsafe {
+            let function = self.function(c"fake_number");
+            std::mem::transmute::<*mut c_void, unsafe extern "C" fn(u64) -> c_uint>(function)(at.0)
         }
     }
 

@@ -5,7 +5,9 @@ use openlora_kernels::cpu::kv::page_bytes;
 use openlora_kernels::cpu::pages::CpuPages;
 use openlora_kernels::cpu::rope::rope_and_store;
 use openlora_kernels::cpu::{Cpu, CpuTensor, Isa, Pool};
-use openlora_kernels::{AttentionSpec, LayerAttention, Precision, RopeTable, SequenceRows, StepRows, reference};
+use openlora_kernels::{
+    AttentionSpec, Backend, DrawnToken, LayerAttention, Precision, RopeTable, SequenceRows, StepRows, reference,
+};
 use rand::Rng;
 use rand::seq::SliceRandom;
 
@@ -346,4 +348,21 @@ fn random_steps_agree_with_the_reference() {
             }
         }
     }
+}
+
+#[test]
+#[should_panic(expected = "1 drawn tokens, where each sampling is done when it returns")]
+fn tokens_that_the_host_does_not_know_are_refused() {
+    let world = World::new((1, 1, 16, 4), &[1], None, Precision::F32);
+    let cpu = Cpu::new(1, world.precision, Isa::detect()).expect("threads");
+    let mut pages = cpu.new_pages(&world.spec, 1, 1).expect("memory");
+    let step = StepRows {
+        tokens: &[0],
+        drawn: &[DrawnToken { row: 0, sample: 0 }],
+        positions: &[0],
+        sequences: &[SequenceRows { row: 0, rows: 1, table: 0, blocks: 1 }],
+        block_tables: &[0],
+    };
+    let mut qkv = CpuTensor::from_values(&world.sequences[0], world.width()).expect("memory");
+    let _ = cpu.rope_and_store(&world.spec, &step, world.layer(None), &mut qkv, &mut pages);
 }

@@ -8,7 +8,9 @@ use openlora_kernels::Backend;
 use openlora_kernels::cuda::Cuda;
 use openlora_kernels::cuda::device::Element;
 use openlora_kernels::cuda::emulated::Emulated;
-use openlora_model::conformance::replayed_passes_have_the_bits_of_run_ones;
+use openlora_model::conformance::{
+    drawn_tokens_give_the_bits_of_written_ones, replayed_passes_have_the_bits_of_run_ones,
+};
 
 use crate::support::{Host, Rows, blocks_for, fixture, folders, load_adapter, open_on, read_cases};
 
@@ -52,6 +54,18 @@ fn a_replayed_pass_has_the_bits_of_an_eager_one_whatever_adapters_are_in_it() {
             ["all-linear", "embed-head"].map(|name| load_adapter(&host, &format!("adapters-tiny/llama3/{name}")));
         replayed_passes_have_the_bits_of_run_ones(&mut host, &adapters);
         // One recording without adapters and one with any, for all counts and mixes.
+        assert_eq!(host.model.backend().recorded(), 2, "{element:?}");
+    }
+}
+
+#[test]
+fn a_step_with_drawn_tokens_has_the_bits_of_one_that_is_given_them_eager_and_replayed() {
+    for element in [Element::F32, Element::Bf16] {
+        let mut host = open(&fixture("models/llama3"), element);
+        let adapters =
+            ["all-linear", "embed-head"].map(|name| load_adapter(&host, &format!("adapters-tiny/llama3/{name}")));
+        assert_eq!(drawn_tokens_give_the_bits_of_written_ones(&mut host, &adapters), 14);
+        // The steps with a chunk in them ran; the others were replayed.
         assert_eq!(host.model.backend().recorded(), 2, "{element:?}");
     }
 }
