@@ -115,14 +115,20 @@ impl AttentionBounds {
     fn most(&self, spec: &AttentionSpec, many_pairs: usize) -> Most {
         let group = spec.heads / spec.kv_heads;
         let rows_few = (PAIRS / group).max(1).min(self.rows_each);
-        // A sequence of so many tokens has at most one split more than its tokens fill.
-        let splits = self.table_entries * spec.block_size / SPLIT + self.rows;
+        // A sequence has at most one split more than its tokens fill.
+        let filled = self.table_entries * spec.block_size / SPLIT;
         let many = if self.rows_each > rows_few {
             (self.rows * group).div_ceil(many_pairs) + self.rows / (rows_few + 1)
         } else {
             0
         };
-        Most { few: splits * group.div_ceil(PAIRS), many, joins: self.rows, slots: splits * rows_few }
+        Most {
+            few: (filled + self.rows) * group.div_ceil(PAIRS),
+            many,
+            joins: self.rows,
+            // Those with one split have no partial results, and of the others there are no more than filled splits.
+            slots: filled * rows_few + self.rows.min(filled * rows_few),
+        }
     }
 
     fn within(&self, room: &Self) -> bool {
@@ -369,4 +375,55 @@ fn params<D: Device>(attention: &Attention<'_, D>, qkv: &CudaTensor<D>, out: &Cu
 /// As kernels have it: 0 for none.
 fn window_of(window: Option<usize>) -> u32 {
     window.map_or(0, |window| u32::try_from(window).unwrap_or(u32::MAX).max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn spec(group: usize, block_size: usize) -> AttentionSpec {
+        AttentionSpec { heads: group, kv_heads: 1, head_dim: 64, block_size, scale: 1.0, norm_eps: 1e-6 }
+    }
+
+    proptest! {
+        /// What `attention_plan` makes of any sequences has room.
+        #[test]
+        fn plans_have_room_for_any_sequences(
+            sequences in prop::collection::vec((1_usize..40, 0_usize..3_000), 1..20),
+            group in 1_usize..33,
+            block_size in prop::sample::select(vec![1_usize, 7, 16, 32]),
+            many_pairs in prop::sample::select(vec![64_usize, 96, 192]),
+        ) {
+            let entries = sequences.iter().map(|(rows, before)| (rows + before).div_ceil(block_size)).sum();
+            let bounds = AttentionBounds {
+                rows: sequences.iter().map(|(rows, _)| rows).sum(),
+                rows_each: sequences.iter().map(|(rows, _)| *rows).max().unwrap_or(1),
+                table_entries: entries,
+            };
+            let most = bounds.most(&spec(group, block_size), many_pairs);
+            let (mut few, mut many, mut slots) = (0, 0, 0);
+            for (rows, before) in sequences {
+                if rows > 1 && rows * group > PAIRS {
+                    many += (rows * group).div_ceil(many_pairs);
+                    continue;
+                }
+                let splits = (before + rows - 1) / SPLIT + 1;
+                few += splits * (rows * group).div_ceil(PAIRS);
+                slots += if splits > 1 { splits * rows } else { 0 };
+            }
+            prop_assert!(few <= most.few && many <= most.many && slots <= most.slots, "{:?} of {:?}", (few, many, slots), most);
+        }
+    }
+
+    /// Llama-3.1-8B, steps of 8,192 rows over a pool of 65,536 blocks.
+    #[test]
+    fn partial_results_take_a_small_part_of_a_pool() {
+        let bounds = AttentionBounds { rows: 8_192, rows_each: 8_192, table_entries: 65_536 };
+        let slots = bounds.most(&spec(4, 16), 192).slots;
+        assert_eq!(slots, 24_576);
+        // Of 32 heads of 128 numbers, of a pool of 128 GiB.
+        assert!(slots * 32 * 128 * 4 <= (128 << 30) / 256, "{slots} slots");
+    }
 }
