@@ -194,6 +194,8 @@ pub struct AttentionPlan<D: Device> {
     head_dim: usize,
     window: Option<usize>,
     small: bool,
+    /// What a block of the device may have.
+    shared_bytes: u32,
 }
 
 impl<D: Device> AttentionPlan<D> {
@@ -226,7 +228,7 @@ impl<D: Device> AttentionPlan<D> {
             address
         });
         let addresses = PlanAddresses { counts, few, many, joins };
-        Ok(Self { memory, addresses, room, group: heads / kv_heads, head_dim, window, small })
+        Ok(Self { memory, addresses, room, group: heads / kv_heads, head_dim, window, small, shared_bytes })
     }
 
     /// Bytes it takes.
@@ -302,7 +304,7 @@ pub struct Attention<'a, D: Device> {
 /// [`crate::Backend::attention`]. Two or three launches; the second and third are left out where `bounds` say that no step needs them.
 ///
 /// # Errors
-/// A device failure.
+/// Heads so long that their tiles do not fit the shared memory that a block of the device may have, or a device failure.
 ///
 /// # Panics
 /// When the tensors do not fit the sizes, or plan and partials have no room for `bounds`.
@@ -337,6 +339,7 @@ pub fn attention<D: Device>(
         return run("attention_f32", [blocks, 1], 4 * WARP, 4 * (HEAD_MAX * 4 + WARP * 12));
     }
     let (few, many) = (Shape::few(head_dim), Shape::many(head_dim, plan.small));
+    fits_shared(device, head_dim, few.shared_bytes().max(many.shared_bytes()), plan.shared_bytes)?;
     let most = bounds.most(spec, many.tiles * PAIRS);
     let blocks_max = device.properties().multiprocessors as usize * BLOCKS_EACH;
     let blocks = |items: usize| [(items * kv_heads).min(blocks_max), 1];
@@ -348,6 +351,25 @@ pub fn attention<D: Device>(
     let units = (heads * head_dim / 2).div_ceil(JOIN_THREADS as usize);
     let rows = most.joins.min(blocks_max);
     run(&format!("attention_join_{suffix}"), [rows, units], JOIN_THREADS as usize, 0)
+}
+
+/// Turing has 64 KiB for a block: enough for heads of 64 elements.
+fn fits_shared<D: Device>(device: &D, head_dim: usize, needed: usize, there: u32) -> Result<(), KernelError> {
+    if needed <= there as usize {
+        return Ok(());
+    }
+    let properties = device.properties();
+    let (major, minor) = properties.compute;
+    Err(KernelError::Device {
+        device: properties.name.clone(),
+        what: format!("attention over heads of {head_dim} elements"),
+        reason: format!(
+            "it takes {} KiB of shared memory for a block, and compute capability {major}.{minor} has {}; use a GPU of 8.0 or \
+             newer, or the CPU",
+            needed.div_ceil(1024),
+            there / 1024
+        ),
+    })
 }
 
 fn params<D: Device>(attention: &Attention<'_, D>, qkv: &CudaTensor<D>, out: &CudaTensor<D>) -> Params {
