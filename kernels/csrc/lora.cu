@@ -799,9 +799,17 @@ KERNEL(lora_shrink_f32, LoraShrinkParams, 256) { shrink_f32(p); }
 KERNEL(lora_expand_f32, LoraExpandParams, 256) { expand_f32<false>(p); }
 KERNEL(lora_embed_f32, LoraExpandParams, 256) { expand_f32<true>(p); }
 
+// For Blackwell the compiler takes 170 registers unless it is told that a second block is to have room: the bytes that one block has
+// on their way are not enough there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define SHRINK_KERNEL(name) KERNEL_BESIDE(name, LoraShrinkParams, 256, 2)
+#else
+#define SHRINK_KERNEL(name) KERNEL(name, LoraShrinkParams, 256)
+#endif
+
 // Of 16 bits; outputs are as wide or f32 (logits, the residual stream).
 #define ELEMENT(T)                                                                             \
-  KERNEL(lora_shrink_##T, LoraShrinkParams, 256) { shrink<T>(p); }                             \
+  SHRINK_KERNEL(lora_shrink_##T) { shrink<T>(p); }                                             \
   KERNEL(lora_expand_##T, LoraExpandParams, 256) { expand<T, T, false>(p); }                   \
   KERNEL(lora_expand_##T##_to_f32, LoraExpandParams, 256) { expand<T, float, false>(p); }      \
   KERNEL(lora_embed_##T, LoraExpandParams, 256) { expand<T, T, true>(p); }                     \

@@ -31,6 +31,9 @@ struct f16 {
 #define DEVICE __device__ __forceinline__
 // A kernel of THREADS threads a block with one argument, a struct: what src/cuda launches by this name.
 #define KERNEL(name, Params, THREADS) extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Params p)
+// The same with registers for at least BLOCKS blocks beside each other on a multiprocessor.
+#define KERNEL_BESIDE(name, Params, THREADS, BLOCKS) \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const __grid_constant__ Params p)
 
 // The block's dynamic shared memory, aligned to 128 bytes.
 DEVICE u8* shared_memory() {

@@ -159,6 +159,18 @@ fn allowed(list: &str) -> Local {
         .collect()
 }
 
+/// Threads of a block, and how many blocks src/cuda/lora.rs and the head of attention.cu count on side by side.
+fn side_by_side(kernel: &str) -> Option<(u32, u32)> {
+    if kernel.starts_with("attention_few_") {
+        return Some((128, 3));
+    }
+    ["lora_shrink_", "lora_expand_", "lora_embed_"].iter().any(|name| kernel.starts_with(name)).then_some((256, 2))
+}
+
+/// A multiprocessor's registers, and what a thread's are rounded up to.
+const REGISTERS: u32 = 65_536;
+const REGISTERS_STEP: u32 = 8;
+
 /// What differs between the local memory that is used and what is allowed.
 fn differences(used: &Local, allowed: &Local) -> Vec<String> {
     let unlisted = used.iter().filter(|(at, bytes)| allowed.get(at) != Some(bytes)).map(|((kernel, arch), bytes)| {
@@ -214,6 +226,10 @@ fn every_kernel_compiles_and_uses_no_local_memory() {
     }
     for ((kernel, architecture), usage) in &found {
         assert_eq!(usage.shared, 0, "{kernel} {architecture}: shared memory is dynamic only");
+        if let Some((threads, blocks)) = side_by_side(kernel) {
+            let taken = usage.registers.next_multiple_of(REGISTERS_STEP) * threads * blocks;
+            assert!(taken <= REGISTERS, "{kernel} {architecture}: {usage:?} leaves no room for {blocks} blocks");
+        }
     }
     // The same kernels everywhere, but that Turing may lack those of bf16.
     let kernels = |architecture: &str| -> BTreeSet<&str> {
@@ -300,6 +316,6 @@ fn what_the_emulator_is_tested_with_is_cuda() {
     let nvrtc = Nvrtc::load();
     for architecture in ["sm_80", "sm_90a"] {
         let log = nvrtc.compile(&probe, architecture).unwrap_or_else(|log| panic!("{log}"));
-        assert_eq!(usages(&log).len(), 11, "{log}");
+        assert_eq!(usages(&log).len(), 14, "{log}");
     }
 }

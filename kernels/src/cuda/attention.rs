@@ -115,14 +115,20 @@ impl AttentionBounds {
     fn most(&self, spec: &AttentionSpec, many_pairs: usize) -> Most {
         let group = spec.heads / spec.kv_heads;
         let rows_few = (PAIRS / group).max(1).min(self.rows_each);
-        // A sequence of so many tokens has at most one split more than its tokens fill.
-        let splits = self.table_entries * spec.block_size / SPLIT + self.rows;
+        // A sequence has at most one split more than its tokens fill.
+        let filled = self.table_entries * spec.block_size / SPLIT;
         let many = if self.rows_each > rows_few {
             (self.rows * group).div_ceil(many_pairs) + self.rows / (rows_few + 1)
         } else {
             0
         };
-        Most { few: splits * group.div_ceil(PAIRS), many, joins: self.rows, slots: splits * rows_few }
+        Most {
+            few: (filled + self.rows) * group.div_ceil(PAIRS),
+            many,
+            joins: self.rows,
+            // Those with one split have no partial results, and of the others there are no more than filled splits.
+            slots: filled * rows_few + self.rows.min(filled * rows_few),
+        }
     }
 
     fn within(&self, room: &Self) -> bool {
@@ -188,6 +194,8 @@ pub struct AttentionPlan<D: Device> {
     head_dim: usize,
     window: Option<usize>,
     small: bool,
+    /// What a block of the device may have.
+    shared_bytes: u32,
 }
 
 impl<D: Device> AttentionPlan<D> {
@@ -220,7 +228,7 @@ impl<D: Device> AttentionPlan<D> {
             address
         });
         let addresses = PlanAddresses { counts, few, many, joins };
-        Ok(Self { memory, addresses, room, group: heads / kv_heads, head_dim, window, small })
+        Ok(Self { memory, addresses, room, group: heads / kv_heads, head_dim, window, small, shared_bytes })
     }
 
     /// Bytes it takes.
@@ -296,7 +304,7 @@ pub struct Attention<'a, D: Device> {
 /// [`crate::Backend::attention`]. Two or three launches; the second and third are left out where `bounds` say that no step needs them.
 ///
 /// # Errors
-/// A device failure.
+/// Heads so long that their tiles do not fit the shared memory that a block of the device may have, or a device failure.
 ///
 /// # Panics
 /// When the tensors do not fit the sizes, or plan and partials have no room for `bounds`.
@@ -331,6 +339,7 @@ pub fn attention<D: Device>(
         return run("attention_f32", [blocks, 1], 4 * WARP, 4 * (HEAD_MAX * 4 + WARP * 12));
     }
     let (few, many) = (Shape::few(head_dim), Shape::many(head_dim, plan.small));
+    fits_shared(device, head_dim, few.shared_bytes().max(many.shared_bytes()), plan.shared_bytes)?;
     let most = bounds.most(spec, many.tiles * PAIRS);
     let blocks_max = device.properties().multiprocessors as usize * BLOCKS_EACH;
     let blocks = |items: usize| [(items * kv_heads).min(blocks_max), 1];
@@ -342,6 +351,25 @@ pub fn attention<D: Device>(
     let units = (heads * head_dim / 2).div_ceil(JOIN_THREADS as usize);
     let rows = most.joins.min(blocks_max);
     run(&format!("attention_join_{suffix}"), [rows, units], JOIN_THREADS as usize, 0)
+}
+
+/// Turing has 64 KiB for a block: enough for heads of 64 elements.
+fn fits_shared<D: Device>(device: &D, head_dim: usize, needed: usize, there: u32) -> Result<(), KernelError> {
+    if needed <= there as usize {
+        return Ok(());
+    }
+    let properties = device.properties();
+    let (major, minor) = properties.compute;
+    Err(KernelError::Device {
+        device: properties.name.clone(),
+        what: format!("attention over heads of {head_dim} elements"),
+        reason: format!(
+            "it takes {} KiB of shared memory for a block, and compute capability {major}.{minor} has {}; use a GPU of 8.0 or \
+             newer, or the CPU",
+            needed.div_ceil(1024),
+            there / 1024
+        ),
+    })
 }
 
 fn params<D: Device>(attention: &Attention<'_, D>, qkv: &CudaTensor<D>, out: &CudaTensor<D>) -> Params {
@@ -369,4 +397,55 @@ fn params<D: Device>(attention: &Attention<'_, D>, qkv: &CudaTensor<D>, out: &Cu
 /// As kernels have it: 0 for none.
 fn window_of(window: Option<usize>) -> u32 {
     window.map_or(0, |window| u32::try_from(window).unwrap_or(u32::MAX).max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn spec(group: usize, block_size: usize) -> AttentionSpec {
+        AttentionSpec { heads: group, kv_heads: 1, head_dim: 64, block_size, scale: 1.0, norm_eps: 1e-6 }
+    }
+
+    proptest! {
+        /// What `attention_plan` makes of any sequences has room.
+        #[test]
+        fn plans_have_room_for_any_sequences(
+            sequences in prop::collection::vec((1_usize..40, 0_usize..3_000), 1..20),
+            group in 1_usize..33,
+            block_size in prop::sample::select(vec![1_usize, 7, 16, 32]),
+            many_pairs in prop::sample::select(vec![64_usize, 96, 192]),
+        ) {
+            let entries = sequences.iter().map(|(rows, before)| (rows + before).div_ceil(block_size)).sum();
+            let bounds = AttentionBounds {
+                rows: sequences.iter().map(|(rows, _)| rows).sum(),
+                rows_each: sequences.iter().map(|(rows, _)| *rows).max().unwrap_or(1),
+                table_entries: entries,
+            };
+            let most = bounds.most(&spec(group, block_size), many_pairs);
+            let (mut few, mut many, mut slots) = (0, 0, 0);
+            for (rows, before) in sequences {
+                if rows > 1 && rows * group > PAIRS {
+                    many += (rows * group).div_ceil(many_pairs);
+                    continue;
+                }
+                let splits = (before + rows - 1) / SPLIT + 1;
+                few += splits * (rows * group).div_ceil(PAIRS);
+                slots += if splits > 1 { splits * rows } else { 0 };
+            }
+            prop_assert!(few <= most.few && many <= most.many && slots <= most.slots, "{:?} of {:?}", (few, many, slots), most);
+        }
+    }
+
+    /// Llama-3.1-8B, steps of 8,192 rows over a pool of 65,536 blocks.
+    #[test]
+    fn partial_results_take_a_small_part_of_a_pool() {
+        let bounds = AttentionBounds { rows: 8_192, rows_each: 8_192, table_entries: 65_536 };
+        let slots = bounds.most(&spec(4, 16), 192).slots;
+        assert_eq!(slots, 24_576);
+        // Of 32 heads of 128 numbers, of a pool of 128 GiB.
+        assert!(slots * 32 * 128 * 4 <= (128 << 30) / 256, "{slots} slots");
+    }
 }

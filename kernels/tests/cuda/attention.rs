@@ -357,6 +357,26 @@ fn attention_agrees_with_its_reference_in_small_blocks() {
     });
 }
 
+/// As on a GPU of compute capability 7.5.
+#[test]
+fn heads_that_shared_memory_has_no_room_for_are_an_error_with_both_sizes() {
+    sanitised(|| {
+        let attend = |sizes: Sizes, element: Element| {
+            let mut world = World::new(emulated(), sizes, element, None, &[20], 11);
+            world.shared_bytes = 64 << 10;
+            let mut launch = Launch::new(&world, world.bounds(&[(0, 0, 20)]));
+            launch.load(&world, &[(0, 0, 20)]);
+            launch.enqueue(&world).map_err(|error| error.to_string())
+        };
+        assert_eq!(attend((4, 2, 64, 16), Element::F16), Ok(()));
+        let error = attend((4, 2, 128, 16), Element::F16).expect_err("too long");
+        for part in ["heads of 128 elements", "takes 97 KiB", "has 64;"] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert_eq!(attend((4, 2, 128, 16), Element::F32), Ok(()));
+    });
+}
+
 /// Checks that rows have the bits they have in `expected`.
 fn assert_same_bits(expected: &[((usize, usize), Vec<u32>)], found: &[((usize, usize), Vec<u32>)], what: &str) {
     for (key, bits) in found {

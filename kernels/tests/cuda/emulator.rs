@@ -182,8 +182,88 @@ fn multiply(kernel: &str, element: Element) -> (Vec<f32>, Vec<f32>) {
     (d.read(0, 128).expect("read"), expected)
 }
 
+/// The PTX manual's formulas, "Matrix Fragments for mma.m16n8k16 with floating point type": row and column of the numbers i = 0, 1, ...
+/// of a lane, two to a register, the first in the low half.
+mod manual {
+    pub(super) fn a(lane: usize, i: usize) -> (usize, usize) {
+        let (group, in_group) = (lane >> 2, lane % 4);
+        let row = if i < 2 || (4..6).contains(&i) { group } else { group + 8 };
+        (row, in_group * 2 + (i & 1) + if i < 4 { 0 } else { 8 })
+    }
+
+    pub(super) fn b(lane: usize, i: usize) -> (usize, usize) {
+        let (group, in_group) = (lane >> 2, lane % 4);
+        (in_group * 2 + (i & 1) + if i < 2 { 0 } else { 8 }, group)
+    }
+
+    /// One to a register.
+    pub(super) fn d(lane: usize, i: usize) -> (usize, usize) {
+        let (group, in_group) = (lane >> 2, lane % 4);
+        (if i < 2 { group } else { group + 8 }, in_group * 2 + (i & 1))
+    }
+}
+
 #[test]
-fn tensor_core_fragments_lie_as_the_ptx_manual_says() {
+fn registers_of_the_tensor_cores_hold_what_the_ptx_manual_says() {
+    sanitised(|| {
+        let device = probe();
+        for (kernel, element) in [("probe_fragments_bf16", Element::Bf16), ("probe_fragments_f16", Element::F16)] {
+            let (a, b, d, expected) = product(element);
+            let mut registers = Vec::new();
+            for lane in 0..32 {
+                let pair = |low: u16, high: u16| u32::from(low) | u32::from(high) << 16;
+                let of_a = |i| {
+                    let (row, column) = manual::a(lane, i);
+                    a[row * 16 + column]
+                };
+                let of_b = |i| {
+                    let (row, column) = manual::b(lane, i);
+                    b[row * 8 + column]
+                };
+                registers.extend((0..4).map(|r| pair(of_a(r * 2), of_a(r * 2 + 1))));
+                registers.extend((0..2).map(|r| pair(of_b(r * 2), of_b(r * 2 + 1))));
+                registers.extend((0..4).map(|i| {
+                    let (row, column) = manual::d(lane, i);
+                    d[row * 8 + column].to_bits()
+                }));
+            }
+            let input = Memory::holding(&device, &registers).expect("memory");
+            let out = Memory::new(&device, 32 * 4 * 4).expect("memory");
+            launch(&device, &Launch::new(kernel, [1, 1], 32, &numbers(&input, &out, 0))).expect("launch");
+            for (at, found) in out.read::<f32>(0, 128).expect("read").into_iter().enumerate() {
+                let (row, column) = manual::d(at / 4, at % 4);
+                assert_eq!(found, expected[row * 8 + column], "{kernel}: lane {}, d{}", at / 4, at % 4);
+            }
+        }
+    });
+}
+
+/// As the PTX manual has ldmatrix: lanes 8 m to 8 m + 7 name the rows of matrix m, and a lane's register m holds two numbers of row
+/// lane / 4 from column 2 (lane % 4) on; transposed, of column lane / 4 from row 2 (lane % 4) on.
+#[test]
+fn ldmatrix_hands_out_matrices_as_the_ptx_manual_says() {
+    sanitised(|| {
+        let device = probe();
+        // Every number of the four matrices is its place.
+        let values: Vec<u16> = (0..256).collect();
+        let input = Memory::holding(&device, &values).expect("memory");
+        for trans in [false, true] {
+            let out = Memory::new(&device, 512).expect("memory");
+            let params = numbers(&input, &out, u32::from(trans));
+            launch(&device, &Launch::new("probe_matrices", [1, 1], 32, &params).shared(512)).expect("launch");
+            let found = out.read::<u16>(0, 256).expect("read");
+            for (at, found) in found.into_iter().enumerate() {
+                let (lane, matrix, i) = (at / 8, at / 2 % 4, at % 2);
+                let (along, across) = (lane / 4, lane % 4 * 2 + i);
+                let (row, column) = if trans { (across, along) } else { (along, across) };
+                assert_eq!(usize::from(found), matrix * 64 + row * 8 + column, "lane {lane}, register {matrix}");
+            }
+        }
+    });
+}
+
+#[test]
+fn products_through_shared_memory_are_those_of_the_matrices() {
     sanitised(|| {
         for (kernel, element) in [("probe_mma_bf16", Element::Bf16), ("probe_mma_f16", Element::F16)] {
             let (found, expected) = multiply(kernel, element);

@@ -73,6 +73,36 @@ KERNEL(probe_mma_bf16, Product, 32) { product<bf16>(p, true); }
 KERNEL(probe_mma_f16, Product, 32) { product<f16>(p, true); }
 KERNEL(probe_forgotten_wait, Product, 32) { product<bf16>(p, false); }
 
+// The registers themselves: of each lane four of a, two of b and four of d, and then what d has become.
+template <typename T>
+DEVICE void fragments(const Numbers& p) {
+  const u32* own = p.in + threadIdx.x * 10;
+  u32 a[4], b[2];
+  float d[4];
+  for (u32 i = 0; i < 4; i++) a[i] = own[i];
+  for (u32 i = 0; i < 2; i++) b[i] = own[4 + i];
+  for (u32 i = 0; i < 4; i++) d[i] = __uint_as_float(own[6 + i]);
+  mma_16x8x16<T>(d, a, b);
+  for (u32 i = 0; i < 4; i++) p.out[threadIdx.x * 4 + i] = __float_as_uint(d[i]);
+}
+KERNEL(probe_fragments_bf16, Numbers, 32) { fragments<bf16>(p); }
+KERNEL(probe_fragments_f16, Numbers, 32) { fragments<f16>(p); }
+
+// Four 8 x 8 matrices, one after the other; with count, transposed.
+KERNEL(probe_matrices, Numbers, 32) {
+  u32* shared = reinterpret_cast<u32*>(shared_memory());
+  u32 lane = threadIdx.x;
+  for (u32 i = 0; i < 4; i++) shared[lane * 4 + i] = p.in[lane * 4 + i];
+  __syncwarp();
+  u32 r[4];
+  if (p.count) {
+    ldmatrix_x4_trans(r, shared + lane * 4);
+  } else {
+    ldmatrix_x4(r, shared + lane * 4);
+  }
+  for (u32 i = 0; i < 4; i++) p.out[lane * 4 + i] = r[i];
+}
+
 // Every lane writes a row of 16 bytes that another lane names to ldmatrix; without count, nothing is between the two.
 KERNEL(probe_rows, Numbers, 32) {
   u32* shared = reinterpret_cast<u32*>(shared_memory());
