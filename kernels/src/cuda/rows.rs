@@ -1,4 +1,5 @@
-//! What works row by row: tokens taken from the sampling before, embedding, RMSNorm, SwiGLU, bias, rows picked out, pages copied (`csrc/rows.cu`).
+//! What works row by row: tokens taken from the sampling before, embedding, RMSNorm, SwiGLU, bias, rows picked out, pages copied
+//! (`csrc/rows.cu`).
 //!
 //! A launch covers [`Rows::max`] rows; how many there are the kernels read on the device, and leave the others alone.
 
@@ -152,7 +153,7 @@ struct EmbedParams {
 /// A device failure.
 ///
 /// # Safety
-/// `step` is of a live [`StepMemory`](super::step::StepMemory) with room for `rows_max` rows.
+/// `step` is of a live [`StepMemory`] with room for `rows_max` rows.
 ///
 /// # Panics
 /// When shapes or elements do not fit.
