@@ -229,6 +229,9 @@ const SEGMENTS: [(usize, Option<usize>); 9] = [
     (5, Some(3)),
 ];
 
+/// More segments than a decode step has.
+const MANY: usize = 261;
+
 /// A fused linear with a bias, and adapters on it.
 struct Adapted<B: Backend> {
     linear: B::Linear,
@@ -338,29 +341,35 @@ impl<B: Backend> Adapted<B> {
     }
 }
 
-/// Adapters of mixed ranks, with B's bias and with DoRA's factors, on segments of any number of rows in one step, agree with the
-/// reference.
+/// Adapters of mixed ranks, with B's bias and with DoRA's factors, on segments of any number of rows in one step, also on more segments
+/// than a decode step has, agree with the reference.
 ///
 /// # Panics
 /// When they do not.
 pub fn adapters_agree_with_reference<B: Backend>(backend: &B, rounding: Rounding, poison: fn(&mut B::Pages)) -> f32 {
     let adapted = Adapted::new(backend, poison);
     let mut random = Random::new(14);
-    let rows: usize = SEGMENTS.iter().map(|(rows, _)| rows).sum();
-    let x = backend.read_tensor(&upload(backend, &numbers(&mut random, rows * INPUTS, 1.0), INPUTS));
-    let found = adapted.apply(backend, &x, &SEGMENTS);
+    let many: Vec<_> = (0..MANY).map(|i| (1, Some(i % RANKS.len()))).collect();
     let width = adapted.bias.len();
-    let (mut worst, mut row) = (0.0_f32, 0);
-    for (rows, adapter) in SEGMENTS {
-        // The long one's rows are alike: some of each tile.
-        for at in (row..row + rows).step_by(if rows > 32 { 13 } else { 1 }) {
-            let (expected, allowed) = adapted.expected(&x[at * INPUTS..][..INPUTS], adapter, rounding.unit());
-            let what = format!("row {at}, adapter {adapter:?}");
-            worst = worst.max(worst_of(&found[at * width..][..width], &expected, &what, |i| allowed[i]));
+    let mut worst = 0.0_f32;
+    for segments in [SEGMENTS.as_slice(), &many] {
+        let rows: usize = segments.iter().map(|(rows, _)| rows).sum();
+        let x = backend.read_tensor(&upload(backend, &numbers(&mut random, rows * INPUTS, 1.0), INPUTS));
+        let found = adapted.apply(backend, &x, segments);
+        let mut row = 0;
+        for &(rows, adapter) in segments {
+            // Rows of a long one are alike, and so are those of many: some of each.
+            for at in (row..row + rows).step_by(if rows > 32 { 13 } else { 1 }) {
+                if segments.len() < MANY || at % 13 == 0 {
+                    let (expected, allowed) = adapted.expected(&x[at * INPUTS..][..INPUTS], adapter, rounding.unit());
+                    let what = format!("row {at} of {} segments, adapter {adapter:?}", segments.len());
+                    worst = worst.max(worst_of(&found[at * width..][..width], &expected, &what, |i| allowed[i]));
+                }
+            }
+            row += rows;
         }
-        row += rows;
+        assert!(found.iter().all(|value| value.is_finite()), "an output is not finite");
     }
-    assert!(found.iter().all(|value| value.is_finite()), "an output is not finite");
     worst
 }
 

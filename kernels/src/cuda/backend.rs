@@ -42,6 +42,8 @@ pub const RANK_MAX: usize = 256;
 const TOP: usize = 20;
 /// Samplings that may be enqueued and not collected.
 const SAMPLED: usize = 2;
+/// Runs of rows with an adapter each that there is room for from the start: as many as a recorded pass has rows.
+const SEGMENTS: usize = BUCKETS[BUCKETS.len() - 1];
 /// Entries of all block tables that there is room for from the start.
 const TABLE_ENTRIES: usize = 1024;
 
@@ -76,6 +78,8 @@ struct State<D: Device> {
     /// The model's layers, once they are known.
     layers: usize,
     lora: Option<LoraPlan<D>>,
+    /// Segments that it has room for.
+    segments_max: usize,
     /// For the layers of each window, and whether made for the step.
     attention: Vec<(Option<usize>, AttentionPlan<D>, bool)>,
     partials: Option<AttentionPartials<D>>,
@@ -169,6 +173,7 @@ impl<D: Device> Cuda<D> {
             linears: Vec::new(),
             layers: 0,
             lora: None,
+            segments_max: SEGMENTS,
             attention: Vec::new(),
             partials: None,
             picked: None,
@@ -289,10 +294,24 @@ impl<D: Device> State<D> {
         self.write(device, &StepRows { drawn: &[], ..*step }, &[])
     }
 
+    /// The plan, with room for so many segments. What was recorded with a smaller one is forgotten.
+    fn lora_plan_for(
+        &mut self,
+        segments: usize,
+        device: &Arc<D>,
+        element: Element,
+    ) -> Result<&LoraPlan<D>, KernelError> {
+        if segments > self.segments_max {
+            self.segments_max = segments.next_power_of_two();
+            self.lora = None;
+            self.graphs.clear();
+        }
+        self.lora_plan(device, element)
+    }
+
     fn lora_plan(&mut self, device: &Arc<D>, element: Element) -> Result<&LoraPlan<D>, KernelError> {
         if self.lora.is_none() {
-            let rows = self.limits().rows;
-            let limits = LoraLimits { rows, segments: rows, rank: RANK_MAX };
+            let limits = LoraLimits { rows: self.limits().rows, segments: self.segments_max, rank: RANK_MAX };
             self.planned.clear();
             let mut linears = self.linears.clone();
             for span in linears.iter_mut().flat_map(|linear| &mut linear.sites) {
@@ -319,7 +338,7 @@ impl<D: Device> State<D> {
             return Ok(false);
         }
         self.make_room(device, rows, 0)?;
-        let segments = self.lora_plan(device, element)?.segments(lora)?;
+        let segments = self.lora_plan_for(lora.segments.len(), device, element)?.segments(lora)?;
         if segments.is_empty() {
             return Ok(false);
         }
@@ -494,7 +513,10 @@ impl<D: Device> Backend for Cuda<D> {
             state.make_room(&self.device, rows, scope.rows.block_tables.len())?;
             let segments = match scope.lora.segments.is_empty() {
                 true => Vec::new(),
-                false => state.lora_plan(&self.device, self.element)?.segments(scope.lora)?,
+                false => {
+                    let plan = state.lora_plan_for(scope.lora.segments.len(), &self.device, self.element)?;
+                    plan.segments(scope.lora)?
+                }
             };
             adapters = !segments.is_empty();
             state.write(&self.device, scope.rows, &segments)?;
@@ -658,11 +680,13 @@ impl<D: Device> Backend for Cuda<D> {
         out.set_rows(rows);
         let StepLimits { rows: rows_max, table_entries } = state.limits();
         let room = AttentionBounds { rows: rows_max, rows_each: rows_max, table_entries };
-        let rows_each = match state.pass {
-            Pass::Recorded { .. } => 1,
-            _ => step.sequences.iter().map(|sequence| sequence.rows).max().unwrap_or(1),
+        let bounds = match state.pass {
+            Pass::Recorded { .. } => AttentionBounds { rows, rows_each: 1, table_entries },
+            _ => {
+                let rows_each = step.sequences.iter().map(|sequence| sequence.rows).max().unwrap_or(1);
+                AttentionBounds { rows, rows_each, table_entries: step.block_tables.len() }
+            }
         };
-        let bounds = AttentionBounds { rows, rows_each, table_entries };
         let State { attention: plans, partials, step: memory, .. } = &mut *state;
         let view = memory.as_ref().expect("written").view();
         if partials.is_none() {
@@ -776,6 +800,9 @@ impl<D: Device> Cuda<D> {
             let ready = state.partials.is_some() && (state.lora.is_some() || !key.adapters);
             assert!(ready, "while a pass is recorded nothing can be allocated: one has to have run");
             state.forget_plans();
+            // What is written is written anew before a pass, and an operation alone is to do the same.
+            state.step.as_mut().expect("one has run").lay_out(key.rows);
+            state.written = Written::default();
             state.pass = Pass::Recorded { rows: key.rows, adapters: key.adapters };
         }
         let graph = self.device.capture(&mut || {

@@ -94,6 +94,9 @@ pub struct StepMemory<D: Device> {
 }
 
 const ALIGNED: usize = 256;
+/// Steps of up to so many rows, which is what passes are recorded for, lie close together whatever the largest step is: what is
+/// copied is as much as they need.
+const FEW_ROWS: usize = 256;
 
 impl<D: Device> StepMemory<D> {
     /// Room for steps within `limits`.
@@ -102,35 +105,28 @@ impl<D: Device> StepMemory<D> {
     /// [`KernelError::OutOfMemory`]
     pub fn new(device: &Arc<D>, limits: StepLimits) -> Result<Self, KernelError> {
         let rows = limits.rows;
-        let sizes = [
-            size_of::<Counts>(),
-            rows * 4,
-            rows * 4,
-            rows * 4,
-            rows * size_of::<Sequence>(),
-            rows * size_of::<Segment>(),
-            // Last, and behind those that a step has its drawn tokens: there is room for far more of either than most steps have, and no
-            // more is copied than there are.
-            limits.table_entries * 4 + rows * size_of::<DrawnToken>(),
-        ];
-        let total: usize = sizes.iter().map(|size| size.next_multiple_of(ALIGNED)).sum();
+        // Behind the block tables that a step has come its drawn tokens.
+        let total = layout(Address(0), rows).block_tables.0 as usize
+            + limits.table_entries * 4
+            + rows * size_of::<DrawnToken>();
         let memory = Memory::new(device, total)?;
-        let mut offset = 0;
-        let [counts, tokens, positions, row_sequence, sequences, segments, block_tables] = sizes.map(|size| {
-            let address = memory.address().plus(offset);
-            offset += size.next_multiple_of(ALIGNED);
-            address
-        });
-        let view = Step { counts, tokens, positions, row_sequence, sequences, block_tables, segments };
+        let view = layout(memory.address(), rows);
         Ok(Self {
             limits,
             memory,
             host: vec![0; total],
             sequences: Vec::with_capacity(rows),
             row_sequence: Vec::with_capacity(rows),
-            drawn: (block_tables, 0),
+            drawn: (view.block_tables, 0),
             view,
         })
+    }
+
+    /// Lays the memory out for steps of up to `rows` rows as [`StepMemory::write`] does for one of so many; what was written elsewhere
+    /// is lost.
+    pub fn lay_out(&mut self, rows: usize) {
+        let rows = if rows <= FEW_ROWS { FEW_ROWS.min(self.limits.rows) } else { self.limits.rows };
+        self.view = layout(self.memory.address(), rows);
     }
 
     /// What it has room for.
@@ -139,7 +135,7 @@ impl<D: Device> StepMemory<D> {
         self.limits
     }
 
-    /// Where kernels find it.
+    /// Where kernels find what was written last.
     #[must_use]
     pub fn view(&self) -> Step {
         self.view
@@ -165,6 +161,7 @@ impl<D: Device> StepMemory<D> {
         assert!(step.block_tables.len() <= limits.table_entries, "{} table entries", step.block_tables.len());
         let ascending = step.drawn.is_sorted_by(|a, b| a.row < b.row);
         assert!(ascending && step.drawn.last().is_none_or(|last| (last.row as usize) < rows), "drawn rows of {rows}");
+        self.lay_out(rows);
         self.sequences.clear();
         self.row_sequence.clear();
         for (number, s) in (0..).zip(step.sequences) {
@@ -191,5 +188,25 @@ impl<D: Device> StepMemory<D> {
         put(view.block_tables, bytemuck::cast_slice(step.block_tables));
         let end = put(drawn.0, bytemuck::cast_slice(step.drawn));
         memory.write(0, &host[..end])
+    }
+}
+
+/// A step's lists, with room for `rows` rows. The block tables come last: there is room for far more of them than most steps have, and no
+/// more is copied than there are.
+fn layout(start: Address, rows: usize) -> Step {
+    let mut at = start;
+    let mut list = |bytes: usize| {
+        let list = at;
+        at = at.plus(bytes.next_multiple_of(ALIGNED));
+        list
+    };
+    Step {
+        counts: list(size_of::<Counts>()),
+        tokens: list(rows * 4),
+        positions: list(rows * 4),
+        row_sequence: list(rows * 4),
+        sequences: list(rows * size_of::<Sequence>()),
+        segments: list(rows * size_of::<Segment>()),
+        block_tables: list(0),
     }
 }

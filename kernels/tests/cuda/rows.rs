@@ -351,12 +351,13 @@ fn a_row_s_bits_depend_on_that_row_alone() {
 }
 
 #[test]
-fn a_recorded_graph_serves_steps_with_fewer_rows() {
+fn a_recorded_graph_serves_steps_with_fewer_rows_whatever_ran_between() {
     sanitised(|| {
         let device = emulated();
-        let (rows_max, width) = (16, 40);
+        let (rows_max, width, longest) = (16, 40, 700);
         let table = tensor(&device, Element::Bf16, &random(13, 50 * width, 2.0), width);
-        let mut step = StepMemory::new(&device, StepLimits { rows: rows_max, table_entries: 1 }).expect("memory");
+        let mut step = StepMemory::new(&device, StepLimits { rows: longest, table_entries: 1 }).expect("memory");
+        step.lay_out(rows_max);
         let mut picked = DeviceList::new(&device, rows_max).expect("memory");
         picked.write(&vec![0; rows_max]).expect("write");
         let mut embedded = CudaTensor::new(&device, Element::F32, rows_max, width).expect("memory");
@@ -370,21 +371,19 @@ fn a_recorded_graph_serves_steps_with_fewer_rows() {
             })
             .expect("capture");
         let table = table.values().expect("values");
+        let mut write = |tokens: &[u32]| {
+            let positions: Vec<u32> = (0..tokens.len() as u32).collect();
+            let sequences = [SequenceRows { row: 0, rows: tokens.len(), table: 0, blocks: 0 }];
+            let (positions, sequences) = (&positions, &sequences);
+            let step_rows = StepRows { tokens, drawn: &[], positions, sequences, block_tables: &[] };
+            step.write(&step_rows, &[]).expect("write");
+            step.view()
+        };
         for (rows, step_tokens, last) in [(16, 0, 15_u32), (3, 20, 2), (9, 5, 4)] {
+            // One that no pass is recorded for lies elsewhere.
+            assert_ne!(write(&vec![49; longest]).positions, view.positions);
             let tokens: Vec<u32> = (0..rows).map(|i| (i * 3 + step_tokens) % 50).collect();
-            let positions: Vec<u32> = (0..rows).collect();
-            let sequences = [SequenceRows { row: 0, rows: rows as usize, table: 0, blocks: 0 }];
-            step.write(
-                &StepRows {
-                    tokens: &tokens,
-                    drawn: &[],
-                    positions: &positions,
-                    sequences: &sequences,
-                    block_tables: &[],
-                },
-                &[],
-            )
-            .expect("write");
+            assert_eq!(write(&tokens), view);
             picked.write(&[last, 0]).expect("write");
             // SAFETY: all that was recorded lives on.
             unsafe { device.replay(&graph) }.expect("replay");
