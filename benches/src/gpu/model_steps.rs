@@ -8,11 +8,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use openlora_kernels::cuda::Cuda;
-use openlora_kernels::cuda::backend::BUCKETS;
 use openlora_kernels::cuda::device::{Device, Element, Stream};
 use openlora_kernels::cuda::lora::CudaAdapter;
 use openlora_kernels::cuda::measure::Work;
 use openlora_kernels::cuda::pages::CudaPages;
+use openlora_kernels::cuda::step::BUCKETS;
 use openlora_kernels::{Backend, DrawnToken, LoraRows, SampleRow, SampledRow, SequenceRows, StepRows};
 use openlora_model::conformance::segments;
 use openlora_model::{Activations, LoadOptions, Model, ModelFiles};

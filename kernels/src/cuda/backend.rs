@@ -1,6 +1,6 @@
 //! [`Backend`] on a [`Device`].
 //!
-//! A step's rows, block tables and adapters are written to the device once ([`StepMemory`]), before its first operation; kernels
+//! A step's rows, block tables and adapters are written to the device once ([`StepMemory`](super::step::StepMemory)), before its first operation; kernels
 //! find them there. Where every sequence has one row and all of them are wanted, the operations of a forward pass are recorded as a
 //! graph the first time, for the next of [`BUCKETS`] rows, and replayed for every later step of so many rows or fewer, with whatever
 //! adapters, ranks and lengths, since none of those is in the launches.
@@ -13,7 +13,6 @@
 //!
 //! Operations may also be called by themselves, as tests do: then each writes what it was given, if that is not what was written last.
 
-use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,31 +20,19 @@ use openlora_types::{AdapterSizes, AdapterWeights, Module, Site, Token};
 
 use super::attention::{self, Attention, AttentionBounds, AttentionPartials, AttentionPlan, KvLayer};
 use super::device::{Device, Element, Gemm, Memory, Stream};
-use super::lora::{CudaAdapter, LoraLimits, LoraLinear, LoraPlan};
+use super::lora::{CudaAdapter, LoraLinear, RANK_MAX};
 use super::pages::{CudaPageSet, CudaPages, page_bytes};
 use super::rope::{self, Rope, RopeMemory};
-use super::rows::{self, DeviceList, NormWeight, Rows};
-use super::sample::{SampleLimits, Sampled, Sampler};
-use super::step::{Segment, Step, StepLimits, StepMemory};
+use super::rows::{self, NormWeight};
+use super::sample::SampleLimits;
+use super::state::{GraphKey, Pass, SAMPLED, State, Written, runs};
+use super::step::{BUCKETS, StepLimits};
 use super::tensor::CudaTensor;
 use super::weights::{CudaEmbedding, CudaLinear};
 use crate::{
     AttentionSpec, Backend, ForwardScope, KernelError, LayerAttention, LinearSpec, LoraRows, Numbers, RopeTable,
-    SampleRow, SampledRow, SequenceRows, SiteSpan, StepRows, TensorSource,
+    SampleRow, SampledRow, SiteSpan, StepRows, TensorSource,
 };
-
-/// Rows of recorded passes.
-pub const BUCKETS: [usize; 14] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
-/// Largest rank of an adapter.
-pub const RANK_MAX: usize = 256;
-/// Alternatives of a row that there is room for from the start.
-const TOP: usize = 20;
-/// Samplings that may be enqueued and not collected.
-const SAMPLED: usize = 2;
-/// Runs of rows with an adapter each that there is room for from the start: as many as a recorded pass has rows.
-const SEGMENTS: usize = BUCKETS[BUCKETS.len() - 1];
-/// Entries of all block tables that there is room for from the start.
-const TABLE_ENTRIES: usize = 1024;
 
 /// A GPU, or the host in its place.
 pub struct Cuda<D: Device> {
@@ -57,90 +44,6 @@ pub struct Cuda<D: Device> {
 impl<D: Device> fmt::Debug for Cuda<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cuda").field("device", &self.device).field("element", &self.element).finish_non_exhaustive()
-    }
-}
-
-/// What operations share from call to call.
-struct State<D: Device> {
-    /// Rows of the largest tensor so far.
-    rows_max: usize,
-    /// Of a pass.
-    step: Option<StepMemory<D>>,
-    /// What `step` was written with.
-    written: Written,
-    /// Of the rows that have adapters at an operation, where they are not the pass's.
-    others: Option<StepMemory<D>>,
-    /// The runs of rows that the plan was made for last, and the numbers of their adapters, 0 for none. Not their addresses: an adapter
-    /// may come to lie where another one was.
-    planned: Vec<(u32, u32, u64)>,
-    /// Every linear that adapters may target.
-    linears: Vec<LoraLinear>,
-    /// The model's layers, once they are known.
-    layers: usize,
-    lora: Option<LoraPlan<D>>,
-    /// Segments that it has room for.
-    segments_max: usize,
-    /// For the layers of each window, and whether made for the step.
-    attention: Vec<(Option<usize>, AttentionPlan<D>, bool)>,
-    partials: Option<AttentionPartials<D>>,
-    picked: Option<DeviceList<D, u32>>,
-    sampler: Option<(Sampler<D>, SampleLimits)>,
-    /// Enqueued and not collected, the older first.
-    sampled: VecDeque<Sampled<D>>,
-    /// A count that leaves no row of a launch out.
-    all: Memory<D>,
-    graphs: HashMap<GraphKey, D::Graph>,
-    pass: Pass,
-}
-
-/// Which pass an operation is part of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pass {
-    /// None: it stands by itself.
-    None,
-    /// One of the rows that have been written.
-    Eager,
-    /// One that is being recorded, for at most so many rows, with adapters or without.
-    Recorded { rows: usize, adapters: bool },
-}
-
-/// What makes a recorded pass fit another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct GraphKey {
-    tensors: u64,
-    pages: u64,
-    rows: usize,
-    adapters: bool,
-}
-
-/// Rows, sequences and block tables as they were written to the device.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Written {
-    tokens: Vec<Token>,
-    positions: Vec<u32>,
-    sequences: Vec<SequenceRows>,
-    block_tables: Vec<u32>,
-    /// Some of the tokens have been replaced on the device.
-    drawn: bool,
-}
-
-impl Written {
-    fn is(&self, step: &StepRows<'_>) -> bool {
-        !self.drawn
-            && (self.tokens == step.tokens && self.positions == step.positions)
-            && (self.sequences == step.sequences && self.block_tables == step.block_tables)
-    }
-
-    fn set(&mut self, step: &StepRows<'_>) {
-        fn copy<T: Copy>(to: &mut Vec<T>, from: &[T]) {
-            to.clear();
-            to.extend_from_slice(from);
-        }
-        copy(&mut self.tokens, step.tokens);
-        copy(&mut self.positions, step.positions);
-        copy(&mut self.sequences, step.sequences);
-        copy(&mut self.block_tables, step.block_tables);
-        self.drawn = !step.drawn.is_empty();
     }
 }
 
@@ -164,25 +67,7 @@ impl<D: Device> Cuda<D> {
     /// # Errors
     /// [`KernelError::OutOfMemory`] or a device failure.
     pub fn new(device: Arc<D>, element: Element) -> Result<Self, KernelError> {
-        let state = State {
-            rows_max: 0,
-            step: None,
-            written: Written::default(),
-            others: None,
-            planned: Vec::new(),
-            linears: Vec::new(),
-            layers: 0,
-            lora: None,
-            segments_max: SEGMENTS,
-            attention: Vec::new(),
-            partials: None,
-            picked: None,
-            sampler: None,
-            sampled: VecDeque::with_capacity(SAMPLED),
-            all: Memory::holding(&device, &[u32::MAX; 4])?,
-            graphs: HashMap::new(),
-            pass: Pass::None,
-        };
+        let state = State::new(&device)?;
         Ok(Self { device, element, state: Mutex::new(state) })
     }
 
@@ -222,159 +107,6 @@ impl<D: Device> Cuda<D> {
         state.linears.push(linear);
         state.linears.len() - 1
     }
-}
-
-impl<D: Device> State<D> {
-    /// The rows of a launch over `rows` rows of a tensor.
-    fn rows(&self, rows: usize) -> Rows {
-        match (self.pass, &self.step) {
-            (Pass::Recorded { .. }, Some(step)) => Rows::of_step(&step.view(), rows),
-            _ => Rows { count: self.all.address(), max: rows },
-        }
-    }
-
-    /// Memory for steps of so many rows and table entries. What was recorded with smaller memory is forgotten.
-    fn make_room(&mut self, device: &Arc<D>, rows: usize, table_entries: usize) -> Result<(), KernelError> {
-        let has = self.step.as_ref().map(StepMemory::limits);
-        if has.is_some_and(|has| has.rows >= rows.max(self.rows_max) && has.table_entries >= table_entries) {
-            return Ok(());
-        }
-        let limits = StepLimits {
-            rows: rows.max(self.rows_max),
-            table_entries: table_entries.max(TABLE_ENTRIES).next_power_of_two(),
-        };
-        self.graphs.clear();
-        self.attention.clear();
-        (self.lora, self.partials, self.picked) = (None, None, None);
-        self.planned.clear();
-        self.written = Written::default();
-        self.step = Some(StepMemory::new(device, limits)?);
-        self.others = Some(StepMemory::new(device, StepLimits { table_entries: 1, ..limits })?);
-        self.picked = Some(DeviceList::new(device, limits.rows)?);
-        Ok(())
-    }
-
-    /// The next attention of each window plans anew.
-    fn forget_plans(&mut self) {
-        self.attention.iter_mut().for_each(|(_, _, made)| *made = false);
-    }
-
-    fn limits(&self) -> StepLimits {
-        self.step.as_ref().expect("made by make_room").limits()
-    }
-
-    fn view(&self) -> Step {
-        self.step.as_ref().expect("made by make_room").view()
-    }
-
-    /// Writes a step, if it is not there already.
-    fn write(&mut self, device: &Arc<D>, step: &StepRows<'_>, segments: &[Segment]) -> Result<(), KernelError> {
-        self.make_room(device, step.tokens.len(), step.block_tables.len())?;
-        self.forget_plans();
-        let memory = self.step.as_mut().expect("just made");
-        memory.write(step, segments)?;
-        self.written.set(step);
-        if step.drawn.is_empty() {
-            return Ok(());
-        }
-        let (sampler, _) = self.sampler.as_ref().expect("a sampling was enqueued, whose tokens are taken");
-        let (results, rows) = sampler.drawn();
-        let wrong = step.drawn.iter().find(|drawn| drawn.sample as usize >= rows);
-        assert!(wrong.is_none(), "{wrong:?} of a sampling of {rows} rows");
-        // SAFETY: the sampling has those rows, just checked.
-        unsafe { rows::take_drawn(&**device, Stream::Compute, memory, results) }
-    }
-
-    /// For an operation outside of a pass: writes its rows, if they are not there already. Drawn tokens are for passes: of the operations
-    /// that are given them, none reads tokens.
-    fn write_alone(&mut self, device: &Arc<D>, step: &StepRows<'_>) -> Result<(), KernelError> {
-        if self.pass != Pass::None || (self.step.is_some() && self.written.is(step)) {
-            return Ok(());
-        }
-        self.write(device, &StepRows { drawn: &[], ..*step }, &[])
-    }
-
-    /// The plan, with room for so many segments. What was recorded with a smaller one is forgotten.
-    fn lora_plan_for(
-        &mut self,
-        segments: usize,
-        device: &Arc<D>,
-        element: Element,
-    ) -> Result<&LoraPlan<D>, KernelError> {
-        if segments > self.segments_max {
-            self.segments_max = segments.next_power_of_two();
-            self.lora = None;
-            self.graphs.clear();
-        }
-        self.lora_plan(device, element)
-    }
-
-    fn lora_plan(&mut self, device: &Arc<D>, element: Element) -> Result<&LoraPlan<D>, KernelError> {
-        if self.lora.is_none() {
-            let limits = LoraLimits { rows: self.limits().rows, segments: self.segments_max, rank: RANK_MAX };
-            self.planned.clear();
-            let mut linears = self.linears.clone();
-            for span in linears.iter_mut().flat_map(|linear| &mut linear.sites) {
-                span.index = span.site.index(self.layers);
-            }
-            self.lora = Some(LoraPlan::new(device, element, &linears, limits)?);
-        }
-        Ok(self.lora.as_ref().expect("just made"))
-    }
-
-    /// Makes the plan of the adapters of an operation's rows, if it is not made already. False when there are none.
-    fn plan_alone(
-        &mut self,
-        device: &Arc<D>,
-        element: Element,
-        lora: &LoraRows<'_, CudaAdapter<D>>,
-        rows: usize,
-    ) -> Result<bool, KernelError> {
-        if let Pass::Recorded { adapters, .. } = self.pass {
-            return Ok(adapters);
-        }
-        // As for the pass: rows that are all of the base model have no plan.
-        if lora.segments.iter().all(|segment| segment.adapter.is_none()) {
-            return Ok(false);
-        }
-        self.make_room(device, rows, 0)?;
-        let segments = self.lora_plan_for(lora.segments.len(), device, element)?.segments(lora)?;
-        if segments.is_empty() {
-            return Ok(false);
-        }
-        let runs = runs(&segments, lora);
-        if runs != self.planned {
-            let tokens = vec![0; rows];
-            let step = StepRows { tokens: &tokens, drawn: &[], positions: &tokens, sequences: &[], block_tables: &[] };
-            let others = self.others.as_mut().expect("made with the step");
-            others.write(&step, &segments)?;
-            let view = others.view();
-            self.lora.as_ref().expect("made above").plan(view)?;
-            self.planned = runs;
-        }
-        Ok(true)
-    }
-
-    fn sampler(&mut self, device: &Arc<D>, limits: SampleLimits) -> Result<&mut Sampler<D>, KernelError> {
-        let has = self.sampler.as_ref().map(|(_, has)| *has);
-        let fits = |has: SampleLimits| has.vocab == limits.vocab && has.rows >= limits.rows && has.top >= limits.top;
-        if !has.is_some_and(fits) {
-            let room = has.filter(|has| has.vocab == limits.vocab);
-            let limits = SampleLimits {
-                rows: limits.rows.max(room.map_or(0, |room| room.rows)),
-                top: limits.top.max(TOP).max(room.map_or(0, |room| room.top)),
-                ..limits
-            };
-            self.sampler = Some((Sampler::new(device, limits)?, limits));
-        }
-        Ok(&mut self.sampler.as_mut().expect("just made").0)
-    }
-}
-
-/// What a plan for `segments`, which are those of `lora`, is known by.
-fn runs<D: Device>(segments: &[Segment], lora: &LoraRows<'_, CudaAdapter<D>>) -> Vec<(u32, u32, u64)> {
-    let number = |adapter: Option<&CudaAdapter<D>>| adapter.map_or(0, CudaAdapter::number);
-    segments.iter().zip(lora.segments).map(|(segment, of)| (segment.row, segment.rows, number(of.adapter))).collect()
 }
 
 impl<D: Device> Backend for Cuda<D> {

@@ -33,8 +33,8 @@ const SHRINK_ROWS: usize = 128;
 const SHRINK_UNITS: usize = 4;
 const EXPAND_ROWS: usize = 64;
 const COLUMNS: usize = 512;
-/// Ranks that the kernels' shared memory has room for.
-const RANK_MAX: usize = 256;
+/// Largest rank of an adapter: what the kernels' shared memory has room for.
+pub const RANK_MAX: usize = 256;
 
 /// Shared memory of `lora_plan`, and of the shrink: this tile's item and the next, the sums of 8 warps, 16 rows of 16 and 4 unused.
 const PLAN_SHARED: u32 = 8 * 4;

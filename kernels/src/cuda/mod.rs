@@ -20,6 +20,7 @@ pub mod rows;
 pub mod sample;
 pub mod sources;
 mod staging;
+mod state;
 pub mod step;
 pub mod tensor;
 pub mod weights;

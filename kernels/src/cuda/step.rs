@@ -93,10 +93,13 @@ pub struct StepMemory<D: Device> {
     view: Step,
 }
 
+/// Rows of recorded passes.
+pub const BUCKETS: [usize; 14] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
+
 const ALIGNED: usize = 256;
-/// Steps of up to so many rows, which is what passes are recorded for, lie close together whatever the largest step is: what is
-/// copied is as much as they need.
-const FEW_ROWS: usize = 256;
+/// Steps of up to so many rows, for which passes are recorded, lie close together whatever the largest step is: what is copied is as
+/// much as they need.
+const FEW_ROWS: usize = BUCKETS[BUCKETS.len() - 1];
 
 impl<D: Device> StepMemory<D> {
     /// Room for steps within `limits`.

@@ -2,8 +2,8 @@
 
 use openlora_types::{AdapterWeights, Module, Site};
 
-use super::super::backend::RANK_MAX;
 use super::super::device::Device;
+use super::super::lora::RANK_MAX;
 use super::super::lora::{CudaAdapter, LoraLimits, LoraLinear, LoraPlan};
 use super::super::pages::{CudaPages, page_bytes};
 use super::super::step::{StepLimits, StepMemory};
