@@ -116,7 +116,7 @@ struct Sequence {
     started: bool,
     /// Tokens that were drawn and collected.
     generated: usize,
-    /// Its row in the last step's sampling.
+    /// Its row in the sampling of the last step in which it drew, where that was not in parts.
     sample_row: u32,
 }
 
@@ -492,16 +492,12 @@ impl<B: Backend> StepThread<B> {
         // row in the step after the next, not behind all that is left of a prompt.
         self.sample(plan, &rows, &mut buffers)?;
         self.buffers = buffers;
-        let can_be_outrun = self.overlaps && !rows.iter().any(|row| row.score.is_none() && self.looks_back(row.id));
+        let looks_back = |row: &LogitRow| {
+            row.score.is_none() && self.requests[&self.sequences[&row.id].request].params.has_penalties()
+        };
+        let can_be_outrun = self.overlaps && !rows.iter().any(looks_back);
         self.enqueued.push_back(Enqueued { rows, can_be_outrun });
         Ok(())
-    }
-
-    /// Whether what a sequence draws next depends on which tokens it has drawn.
-    fn looks_back(&self, id: SequenceId) -> bool {
-        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } =
-            self.requests[&self.sequences[&id].request].params;
-        repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
     }
 
     /// Logits of more rows than there is room for at once (scored prompts): part by part, each collected before the next.

@@ -64,6 +64,12 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Whether what is drawn next depends on which tokens came before it.
+    #[must_use]
+    pub fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
     /// Checks every field against its range, `limits` and the vocabulary size. Names are the wire's, prefixed
     /// `sampling.` or `output.`.
     ///

@@ -93,6 +93,7 @@ impl<B: Backend> StepThread<B> {
                 }
             }
             if planned.samples {
+                sequence.sample_row = buffers.logits.len() as u32;
                 buffers.want(first_row + planned.rows - 1, of, None);
             }
             self.totals.prompt_tokens += end.min(request.prompt_tokens).saturating_sub(start) as u64;
@@ -114,11 +115,6 @@ impl<B: Backend> StepThread<B> {
         let lora = LoraRows { segments: &segments };
         let logits = self.model.logits(&mut self.activations, &buffers.logit_rows, &lora)?;
         let mut draws = recycle_draws(std::mem::take(&mut buffers.draws));
-        for (row, wanted) in (0..).zip(part) {
-            if wanted.score.is_none() {
-                self.sequences.get_mut(&wanted.id).expect("a planned sequence is known").sample_row = row;
-            }
-        }
         for wanted in part {
             let sequence = &self.sequences[&wanted.id];
             let request = &self.requests[&sequence.request];

@@ -215,7 +215,7 @@ impl History {
         }
         let (repetition, frequency) = (draw.params.repetition_penalty, draw.params.frequency_penalty);
         let presence = draw.params.presence_penalty;
-        if repetition == 1.0 && frequency == 0.0 && presence == 0.0 {
+        if !draw.params.has_penalties() {
             return;
         }
         let prompt = if repetition == 1.0 { &[] } else { draw.prompt };

@@ -384,7 +384,7 @@ impl Lists {
                 self.change(token, |change| change.token |= SEEN);
             }
         }
-        if repetition != 1.0 || frequency != 0.0 || draw.params.presence_penalty != 0.0 {
+        if draw.params.has_penalties() {
             for &token in draw.generated {
                 self.change(token, |change| {
                     change.token |= SEEN | GENERATED;

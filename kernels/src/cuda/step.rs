@@ -1,4 +1,5 @@
-//! What kernels know of a step: rows, sequences, block tables, adapters of runs of rows, at addresses that stay.
+//! What kernels know of a step: rows, sequences, block tables, adapters of runs of rows, at addresses that stay for all steps of as few
+//! rows as passes are recorded for, and for all larger ones.
 //!
 //! A recorded graph has the addresses and the largest sizes in it; how many rows, sequences and segments there really are is
 //! in [`Counts`], which kernels read. So one graph serves every step of its size, whatever adapters are in it.
